@@ -248,4 +248,4 @@ class Plan:
         """The plan as plain JSON values."""
         from mis_run.jsonable import plain
 
-        return plain(self)
+        return dict(plain(self))

@@ -1,0 +1,72 @@
+"""Compile what is not Python: BPF objects and the static pid-1 shim, into ``mis_run/_built``.
+
+``python -m mis_run.build`` builds what is older than its sources and prints what it built.
+Sources live beside the package in a checkout; a wheel carries the results instead.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from mis_run.errors import SetupError
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+BUILT = PACKAGE / "_built"
+# The kernel's names for the architecture that libbpf's bpf_tracing.h expects.
+BPF_ARCH = {"x86_64": "x86", "aarch64": "arm64"}
+
+
+def built(name: str) -> Path:
+    """Path of a compiled object (``net.bpf.o``, ``mis-init``). Raises SetupError if missing."""
+    path = BUILT / name
+    if not path.exists():
+        raise SetupError(
+            f"compiled object missing: {path}", hint="build it: python -m mis_run.build"
+        )
+    return path
+
+
+def main() -> int:
+    """Build everything that is out of date; returns an exit code."""
+    BUILT.mkdir(exist_ok=True)
+    machine = platform.machine()
+    include = f"-I/usr/include/{machine}-linux-gnu"  # Debian's asm/ headers for -target bpf
+    bpf = ["clang", "-target", "bpf", "-O2", "-g", "-Wall", "-Wextra", "-Werror", include]
+    bpf += [f"-D__TARGET_ARCH_{BPF_ARCH.get(machine, machine)}"]
+    shim = ["clang", "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-s"]
+    jobs = [
+        ([*bpf, "-c"], source, BUILT / f"{source.stem}.o")
+        for source in sorted((ROOT / "bpf").glob("*.bpf.c"))
+    ]
+    jobs += [
+        (shim, source, BUILT / f"mis-{source.stem}")
+        for source in sorted((ROOT / "shim").glob("*.c"))
+    ]
+    headers = max((h.stat().st_mtime for h in ROOT.glob("bpf/*.h")), default=0.0)
+    for command, source, target in jobs:
+        if target.exists() and target.stat().st_mtime > max(headers, source.stat().st_mtime):
+            continue
+        # Into a sibling first: a reader never sees half an object.
+        part = target.with_name(f"{target.name}.{os.getpid()}")
+        argv = [*command, str(source), "-o", str(part)]
+        try:
+            result = subprocess.run(argv, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            print("mis-run: clang is missing; apt-get install clang libbpf-dev", file=sys.stderr)
+            return SetupError.exit_code
+        if result.returncode:
+            part.unlink(missing_ok=True)
+            print(f"mis-run: {' '.join(argv)}\n{result.stderr}", file=sys.stderr)
+            return SetupError.exit_code
+        part.replace(target)
+        print(f"mis-run: built {target.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
