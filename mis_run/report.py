@@ -1,0 +1,158 @@
+"""The record of a run: JSON lines while it goes on, a short human summary at its end.
+
+docs/record.md describes the schema (`events.SCHEMA`).  The file is bounded: after
+``MAX_BYTES`` further violations are only counted, so that an agent cannot fill the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from mis_run.errors import SetupError
+from mis_run.events import Event
+
+RECORDS = Path("/var/log/mis")
+KEEP = 200  # records of ended runs kept in RECORDS
+MAX_BYTES = 16 << 20
+
+
+class Record:
+    """Writes events, keeps the counts and the last violations for the summary."""
+
+    def __init__(self, run_id: str, out: TextIO | None, path: Path | None) -> None:
+        self.run_id = run_id
+        self.path = path
+        self.counts: Counter[str] = Counter()  # "net.connect deny" → how often
+        self.last: list[Event] = []
+        self.dropped = 0
+        self._out = out
+        self._written = 0
+
+    def write(self, event: Event) -> None:
+        """Append one event; whole lines only, flushed so that ``mis logs -f`` sees them."""
+        if event.verdict:
+            self.counts[f"{event.kind} {event.verdict}"] += 1
+        if event.violation:
+            self.last = [*self.last[-19:], event]
+        if self._out is None:
+            return
+        line = json.dumps({"run": self.run_id, **event.json()}, default=str) + "\n"
+        if self._written + len(line) > MAX_BYTES and not event.kind.startswith("run."):
+            self.dropped += 1
+            return
+        self._written += self._out.write(line)
+        self._out.flush()
+
+    @property
+    def violations(self) -> int:
+        """Acts denied or, in audit mode, allowed against the rules."""
+        return sum(n for key, n in self.counts.items() if not key.endswith(" allow"))
+
+
+@contextmanager
+def open_record(run_id: str, log: Path | None) -> Iterator[Record]:
+    """The record of one run, in ``log`` or, without one, in RECORDS.
+
+    Raises SetupError when an explicit ``log`` cannot be written; the default place failing
+    (a read-only /var) costs only the file, and says so.
+    """
+    path = log or RECORDS / f"{run_id}.jsonl"
+    out: TextIO | None = None
+    try:
+        if log is None:
+            RECORDS.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _prune()
+        fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        out = os.fdopen(fd, "w")
+    except OSError as error:
+        if log is not None:
+            raise SetupError(f"--log {log}: {error.strerror}") from error
+        print(f"mis-run: no record: {path}: {error.strerror}", file=sys.stderr)
+    try:
+        yield Record(run_id, out, path if out else None)
+    finally:
+        if out:
+            out.close()
+
+
+def _prune() -> None:
+    """Keep the newest KEEP records."""
+    names = [entry for entry in os.scandir(RECORDS) if entry.name.endswith(".jsonl")]
+    if len(names) < KEEP:
+        return
+    names.sort(key=lambda entry: entry.stat().st_mtime)
+    for entry in names[: len(names) - KEEP + 1]:
+        Path(entry.path).unlink(missing_ok=True)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a record; damaged lines are skipped but counted at the end."""
+    damaged = 0
+    with path.open() as lines:
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                damaged += 1
+                continue
+            if isinstance(event, dict):
+                yield event
+    if damaged:
+        yield {"kind": "record.damaged", "subject": {"lines": damaged}}
+
+
+def size(count: float | None) -> str:
+    """Bytes for people: ``12.3 MiB``."""
+    if count is None:
+        return "unavailable"
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def summary(facts: Mapping[str, Any], record: Record) -> list[str]:
+    """The lines a person reads at the end of a run (stderr); ``facts`` is the ``run.exit`` event.
+
+    A run without violations gets one line; what could not be measured says so.
+    """
+    ending = facts["ending"]
+    usage = facts["usage"]
+    head = (
+        f"{ending} after {facts['seconds']:.1f} s; "
+        f"CPU {_seconds(usage.get('cpu_seconds'))}, "
+        f"peak memory {size(usage.get('memory_peak'))}"
+    )
+    lines = [head]
+    if counters := facts.get("counters"):
+        shown = ", ".join(f"{name} {text}" for name, text in counters.items())
+        lines.append(f"counters: {shown}")
+    if net := facts.get("network"):
+        lines.append(
+            f"network: {net['allowed']} allowed, {net['denied']} denied, "
+            f"{size(net.get('bytes_out'))} out"
+        )
+    if facts.get("oom_kills"):
+        lines.append(f"memory limit: {facts['oom_kills']} process(es) killed by the kernel")
+    if facts.get("pids_denied"):
+        lines.append(f"process limit: {facts['pids_denied']} fork(s) refused")
+    for event in record.last[-3:]:
+        what = " ".join(str(value) for value in event.subject.values())
+        lines.append(f"{event.verdict}: {event.kind} {what} (rule: {event.rule or 'default'})")
+    if record.violations:
+        lines.append(f"{record.violations} violation(s); see: mis logs {record.run_id}")
+    if record.dropped:
+        lines.append(f"{record.dropped} event(s) over the record's size were only counted")
+    return lines
+
+
+def _seconds(value: float | None) -> str:
+    return "unavailable" if value is None else f"{value:.2f} s"
