@@ -1,0 +1,107 @@
+"""What this machine can do: every mechanism tried, each "no" with its reason and its fix.
+
+Nothing is concluded from a version or a configuration file: a mechanism works when a probe of it
+worked.  Probes are cheap (no subprocess), since every launch runs them; `diagnose` adds the slow
+checks of ``mis doctor``.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mis_run import cgroup, network, rootfs, runtime
+from mis_run.errors import UsageError
+from mis_run.guards import counters, escape, files, net
+from mis_run.model import Finding, Host, User
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: the user the agent runs as, and the environment it may inherit from."""
+
+    user: User
+    environ: Mapping[str, str]
+
+
+def caller(spec: str | None, environ: Mapping[str, str]) -> Caller:
+    """The agent's user: ``spec`` (``NAME``, ``UID`` or ``UID:GID``), else who called sudo, else us.
+
+    Raises UsageError for a user that does not exist or a number out of range.
+    """
+    if spec is None:
+        spec = environ.get("SUDO_UID") if os.geteuid() == 0 else None
+        spec = spec or str(os.getuid())
+    name, _, group = spec.partition(":")
+    hint = "use a name, a UID or UID:GID"
+    try:
+        if not name.isdecimal():
+            entry = pwd.getpwnam(name)
+        else:
+            if int(name) >= 2**32 - 1:
+                raise UsageError(f"--user {spec}: UID out of range", hint=hint)
+            entry = pwd.getpwuid(int(name))
+    except KeyError:
+        if not name.isdecimal():
+            raise UsageError(f"--user {spec}: no such user", hint=hint) from None
+        # A number without an entry is fine, as for docker: it owns what it makes, no more.
+        entry = pwd.struct_passwd((name, "x", int(name), int(name), "", "/", "/bin/sh"))
+    gid = entry.pw_gid
+    if group:
+        if not group.isdecimal() or int(group) >= 2**32 - 1:
+            raise UsageError(f"--user {spec}: the group must be a number", hint=hint)
+        gid = int(group)
+    return Caller(
+        # No supplementary groups: docker, disk or sudo membership must not follow the agent.
+        User(uid=entry.pw_uid, gid=gid, groups=(), name=entry.pw_name, home=entry.pw_dir),
+        dict(environ),
+    )
+
+
+def probe() -> Host:
+    """Try every mechanism once."""
+    kind, unified, controllers = cgroup.detect()
+    chosen = runtime.find(kind)
+    mechanisms: dict[str, Finding] = {
+        "root": _root(),
+        "runtime": chosen.finding,
+        "overlay": rootfs.supported(),
+        **cgroup.supported(kind, unified, controllers),
+        **net.supported(),
+        **network.supported(),
+        **counters.supported(),
+        **files.supported(),
+        **escape.supported(),
+    }
+    return Host(
+        mechanisms=mechanisms,
+        cgroup=kind,
+        unified=unified,
+        controllers=controllers,
+        runtime=chosen.path,
+        mounts=_mounts(),
+        addresses=network.host_addresses(),
+        cpus=len(os.sched_getaffinity(0)),
+        systemd=Path("/run/systemd/system").is_dir(),
+    )
+
+
+def _root() -> Finding:
+    if os.geteuid() == 0:
+        return Finding(True, "running as root")
+    return Finding(
+        False, "mis-run needs root to make cgroups, mounts and BPF programs", "sudo mis-run …"
+    )
+
+
+def _mounts() -> tuple[tuple[str, str], ...]:
+    """(mount point, file system type) of this mount namespace, in mount order."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        point = before.split(" ")[4].encode().decode("unicode_escape")
+        found.append((point, after.split(" ")[0]))
+    return tuple(found)

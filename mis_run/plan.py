@@ -1,0 +1,202 @@
+"""Options + Profile + Host → Plan: what a launch will do, decided before anything exists.
+
+`make` is pure: the same words on the same host give the same plan, and ``--dry-run`` prints it.
+`check` refuses a plan whose required guarantees this host cannot give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from mis_run import profiles, rules
+from mis_run.errors import MissingGuarantee, UsageError
+from mis_run.events import Guarantee
+from mis_run.host import Caller
+from mis_run.model import (
+    Finding,
+    Host,
+    Limits,
+    Mechanism,
+    NetMode,
+    NetPlan,
+    Network,
+    Options,
+    Plan,
+    Profile,
+)
+
+# What no flag can waive: without these there is no agent apart from the host.
+BASICS = ("root", "cgroup-v2", "runtime", "overlay")
+
+NET_MECHANISMS: Mapping[NetMode, tuple[str, ...]] = {
+    NetMode.NONE: ("netns", "cgroup-bpf"),
+    NetMode.GUARDED: ("netns", "nftables", "cgroup-bpf", "xdp"),
+    NetMode.HOST: ("cgroup-bpf",),
+}
+
+# A workspace here would hand the agent the host itself, or every secret of a user.
+NOT_A_WORKSPACE = ("/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib64", "/opt", "/proc")
+NOT_A_WORKSPACE += ("/root", "/run", "/sbin", "/srv", "/sys", "/tmp", "/usr", "/var", "/var/tmp")
+
+PASSED_ON = ("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "TERM", "COLORTERM", "NO_COLOR")
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def make(options: Options, profile: Profile, host: Host, caller: Caller) -> Plan:
+    """Decide everything. Raises UsageError for words that make no sense together."""
+    profile = _with_options(profile, options)
+    _check_workspace(options, caller)
+    network = _network(profile.network, host)
+    limits = _limits(profile.limits, host)
+    facts = {"HOME": caller.user.home, "WORKSPACE": str(options.workdir)}
+    masked = profiles.expand(("@secrets", *profile.files.deny), facts)
+    return Plan(
+        name=options.name,
+        command=options.command,
+        cwd=options.workdir,
+        env=_environment(options, profile, caller, masked),
+        user=caller.user,
+        tty=options.tty,
+        rootfs=options.rootfs,
+        binds=options.binds,
+        masked=masked,
+        protected=profiles.expand(profile.files.protect, facts),
+        mechanisms=tuple(_mechanisms(profile, host, network)),
+        profile=profile,
+        network=network,
+        limits=limits,
+        host=host,
+        log=options.log,
+        json_report=options.json,
+        waived=options.allow_missing,
+    )
+
+
+def check(plan: Plan) -> None:
+    """Raise MissingGuarantee unless the host gives every basic and every required guarantee."""
+    for name in BASICS:
+        finding = plan.host.mechanisms[name]
+        if not finding.ok:
+            raise MissingGuarantee(
+                f"cannot start an agent here: {finding.detail}", hint=finding.fix
+            )
+    for mechanism in plan.mechanisms:
+        if mechanism.finding.ok or mechanism.guarantee in plan.waived:
+            continue
+        if mechanism.guarantee not in plan.profile.require:
+            continue
+        waiver = f"--allow-missing {mechanism.guarantee}"
+        fix = f"{mechanism.finding.fix}; or " if mechanism.finding.fix else ""
+        raise MissingGuarantee(
+            f"profile {plan.profile.name} requires '{mechanism.guarantee}', but {mechanism.name} "
+            f"is missing: {mechanism.finding.detail}",
+            hint=f"{fix}run without it: {waiver}",
+        )
+
+
+def _with_options(profile: Profile, options: Options) -> Profile:
+    """The profile with what the command line says on top."""
+    network = profile.network
+    if options.net is not None:
+        network = replace(network, mode=options.net)
+    if options.allow_net:
+        if network.mode is NetMode.NONE:
+            raise UsageError(
+                "--allow-net with a network mode of 'none': there is no network to allow",
+                hint="--net guarded",
+            )
+        network = replace(network, allow=(*network.allow, *options.allow_net))
+    for text in network.allow:
+        rules.parse(text)
+    given = {
+        key: getattr(options, key)
+        for key in ("memory", "cpus", "pids", "timeout")
+        if getattr(options, key) is not None
+    }
+    return replace(profile, network=network, limits=replace(profile.limits, **given))
+
+
+def _check_workspace(options: Options, caller: Caller) -> None:
+    workdir = options.workdir
+    hint = "cd into a project first, or name one: --workdir DIR"
+    if str(workdir) in NOT_A_WORKSPACE or str(workdir) == caller.user.home:
+        raise UsageError(
+            f"{workdir} cannot be the agent's workspace: too much lies in it", hint=hint
+        )
+    for kernel in ("/proc", "/sys", "/dev", "/run"):
+        if workdir.is_relative_to(kernel):
+            raise UsageError(f"{workdir} cannot be the agent's workspace", hint=hint)
+
+
+def _network(network: Network, host: Host) -> NetPlan:
+    parsed = [rules.parse(text) for text in network.allow]
+    wants_v6 = any(rule.family != 4 for rule in parsed)
+    return NetPlan(
+        mode=network.mode,
+        ipv6=network.mode is NetMode.GUARDED and wants_v6 and host.works("ipv6"),
+        allow=network.allow,
+        listen=network.listen,
+        resolvers=network.resolvers,
+        host_addresses=host.addresses,
+    )
+
+
+def _limits(limits: Limits, host: Host) -> Limits:
+    """More cores than the machine has is no limit; the kernel would refuse or ignore it."""
+    if limits.cpus is not None and limits.cpus >= host.cpus:
+        return replace(limits, cpus=None)
+    return limits
+
+
+def _environment(
+    options: Options, profile: Profile, caller: Caller, masked: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    """The agent's variables: a clean slate, what the profile passes on, then ``--env``."""
+    hidden = tuple(path for path in masked if "*" not in path)
+    inherited = caller.environ.get("PATH", DEFAULT_PATH).split(":")
+    path = [
+        entry
+        for entry in inherited
+        if entry.startswith("/") and not any(Path(entry).is_relative_to(h) for h in hidden)
+    ]
+    path += [entry for entry in DEFAULT_PATH.split(":") if entry not in path]
+    env = {
+        "PATH": ":".join(path),
+        "HOME": caller.user.home,
+        "USER": caller.user.name,
+        "LOGNAME": caller.user.name,
+        "MIS_PROFILE": profile.name,
+        "MIS_NETWORK": profile.network.mode.value,
+    }
+    for name in (*PASSED_ON, *profile.env):
+        if name in caller.environ:
+            env[name] = caller.environ[name]
+    env.update(options.env)
+    return tuple(env.items())
+
+
+def _mechanisms(profile: Profile, host: Host, network: NetPlan) -> list[Mechanism]:
+    """How each guarantee is given; `guards` of later planes add theirs here."""
+    missing = Finding(False, "not part of this version")
+    wanted: list[tuple[Guarantee, str]] = []
+    wanted += [(Guarantee.NET, name) for name in NET_MECHANISMS[network.mode]]
+    limits = profile.limits
+    wanted += [
+        (Guarantee.LIMITS, f"{controller}")
+        for controller, value in (
+            ("memory", limits.memory),
+            ("cpu", limits.cpus),
+            ("pids", limits.pids),
+            ("io", limits.io_read or limits.io_write),
+        )
+        if value is not None
+    ]
+    wanted += [(Guarantee.COUNTERS, "perf-cgroup")] if profile.counters else []
+    wanted += [(Guarantee.ESCAPE, "seccomp-notify")]
+    wanted += [(Guarantee.FILE, "fanotify"), (Guarantee.EXEC, "fanotify")]
+    wanted += [(Guarantee.LIVENESS, "watchdog")]
+    return [
+        Mechanism(guarantee, name, host.mechanisms.get(name, missing)) for guarantee, name in wanted
+    ]
