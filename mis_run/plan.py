@@ -38,8 +38,8 @@ NET_MECHANISMS: Mapping[NetMode, tuple[str, ...]] = {
 
 # A workspace here would hand the agent the host itself, or every secret of a user.
 NOT_A_WORKSPACE = frozenset(
-    "/ /bin /boot /dev /etc /home /lib /lib64 /opt /proc /root /run /sbin /srv /sys /tmp /usr /var"
-    " /var/tmp".split()
+    {"/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib64", "/opt", "/proc", "/root"}
+    | {"/run", "/sbin", "/srv", "/sys", "/tmp", "/usr", "/var", "/var/tmp"}
 )
 
 PASSED_ON = ("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "TERM", "COLORTERM", "NO_COLOR")
