@@ -1,0 +1,202 @@
+"""While the agent runs: every event to the record, every signal to the agent, one ending.
+
+Knows nothing of how things were set up; `launch` gives it the parts and it turns the loop until
+the agent is gone.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mis_run.cgroup import Cgroup
+from mis_run.defcon import Tracker
+from mis_run.errors import Emergency, GuardLost, TimedOut, UsageError
+from mis_run.events import Event
+from mis_run.guards.counters import Counters
+from mis_run.jsonable import plain
+from mis_run.model import Plan
+from mis_run.report import Record
+from mis_run.runtime import Box
+from mis_run.supervise import Loop
+
+GRACE = 10.0  # seconds between asking the agent to end and killing it, as docker stop waits
+LIMITS_EVERY = 0.25  # seconds between looks at the cgroup's limit events
+
+
+class Guard(Protocol):
+    """What the loop needs of a guard."""
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when there is something to answer or report."""
+
+    def read(self) -> list[Event]:
+        """Answer and report all that is pending, without blocking."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ended: words for people and mis-run's exit code."""
+
+    how: str
+    code: int
+
+
+class Follower:
+    """One agent being followed; ``ending`` is None until it is over."""
+
+    def __init__(
+        self,
+        *,
+        loop: Loop,
+        plan: Plan,
+        record: Record,
+        cgroup: Cgroup,
+        box: Box,
+        guards: Mapping[str, Guard],
+        tracker: Tracker,
+        counters: Counters | None,
+    ) -> None:
+        self.loop = loop
+        self.plan = plan
+        self.record = record
+        self.cgroup = cgroup
+        self.box = box
+        self.guards = guards
+        self.tracker = tracker
+        self.counters = counters
+        self.ending: Ending | None = None
+        self.started = time.monotonic()
+        self._forced: Ending | None = None  # why we killed it, known before it is dead
+        self._interrupts = 0
+        self._paused = False
+
+    # ---- what comes in --------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Register everything with the loop and arm the timers."""
+        for guard in self.guards.values():
+            self.loop.add(guard.fileno(), lambda guard=guard: self.emit(guard.read()))
+        self.loop.add(self.box.fileno(), self._from_shim)
+        self.loop.add(self.box.pidfd, self._gone)
+        self.loop.every(LIMITS_EVERY, lambda: self.emit(self.cgroup.poll_events()))
+        if timeout := self.plan.limits.timeout:
+            self.loop.after(timeout, self._timed_out)
+
+    def emit(self, events: Iterable[Event]) -> None:
+        """Record events and let violations count; DEFCON 1 ends the run."""
+        for event in events:
+            self.record.write(event)
+            if not event.violation:
+                continue
+            change = self.tracker.violation(event)
+            if change is None:
+                continue
+            self.record.write(change.event)
+            if change.level == 1:
+                self.kill(Ending("DEFCON 1: killed for its violations", Emergency.exit_code))
+
+    def signal(self, number: int) -> None:
+        """A signal that mis-run got: passed on, except that the second SIGINT kills."""
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                self.kill(Ending("killed after a second interrupt", 128 + signal.SIGKILL))
+                return
+        self.box.signal(number)
+
+    def _from_shim(self) -> None:
+        for kind, value in self.box.read():
+            if kind == "exit":
+                self._finish(Ending(f"exited with code {value}", value))
+            elif kind == "killed":
+                name = signal.Signals(value).name
+                self._finish(Ending(f"ended by {name}", 128 + value))
+            elif kind == "closed":
+                self._finish(Ending("ended without a word from its container", 137))
+                self.loop.remove(self.box.fileno())
+
+    def _gone(self) -> None:
+        self._from_shim()
+        self._finish(Ending("killed from outside", 128 + signal.SIGKILL))
+        self.loop.remove(self.box.pidfd)
+
+    def _finish(self, ending: Ending) -> None:
+        self.ending = self.ending or self._forced or ending
+
+    # ---- what goes out --------------------------------------------------------------------
+
+    def kill(self, ending: Ending) -> None:
+        """Kill the whole cgroup at once and remember why."""
+        if self._forced is None:
+            self._forced = ending
+        began = time.monotonic()
+        self.cgroup.kill()
+        took = self.cgroup.wait_empty(2.0)
+        self.record.write(
+            Event(
+                kind="run.killed",
+                subject={"why": ending.how, "milliseconds": round(took * 1000, 1)},
+            )
+        )
+        if time.monotonic() - began > 2.0:
+            self._finish(Ending("could not be killed within 2 s", GuardLost.exit_code))
+
+    def stop(self, ending: Ending) -> None:
+        """Ask with SIGTERM, kill after GRACE."""
+        self._forced = self._forced or ending
+        self.box.signal(signal.SIGTERM)
+        self.loop.after(GRACE, lambda: None if self.ending else self.kill(ending))
+
+    def _timed_out(self) -> None:
+        limit = self.plan.limits.timeout
+        self.record.write(Event(kind="run.timeout", subject={"seconds": limit}))
+        self.stop(Ending(f"stopped: ran longer than {limit:g} s", TimedOut.exit_code))
+
+    def request(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Answer one control request (``mis top``, ``kill``, ``inspect``, ``defcon``)."""
+        do = request["do"]
+        if do == "top":
+            return self.measurements()
+        if do == "inspect":
+            return {"plan": self.plan.json(), **self.measurements()}
+        if do == "kill":
+            number = request.get("signal")
+            if number is None:
+                self.kill(Ending("killed by mis kill", 128 + signal.SIGKILL))
+            elif isinstance(number, int) and 1 <= number <= 64:
+                self.box.signal(number)
+            else:
+                raise UsageError(f"signal {number!r}: not a signal number")
+            return {"killed": True}
+        if do == "defcon":
+            level = request.get("level")
+            if level is not None:
+                if level not in (1, 2, 3, 4, 5):
+                    raise UsageError(f"level {level!r}: use 1 to 5")
+                change = self.tracker.set(level)
+                if change is not None:
+                    self.record.write(change.event)
+                if level == 1:
+                    self.kill(Ending("DEFCON 1: set by mis defcon", Emergency.exit_code))
+            return {"level": self.tracker.level, "violations": self.tracker.count}
+        raise UsageError(f"request {do!r}: unknown")
+
+    # ---- what is known --------------------------------------------------------------------
+
+    def measurements(self) -> dict[str, Any]:
+        """Usage, counters and network numbers as of now."""
+        facts: dict[str, Any] = {
+            "seconds": round(time.monotonic() - self.started, 3),
+            "usage": plain(self.cgroup.usage()),
+            "violations": self.record.violations,
+            "level": self.tracker.level,
+        }
+        if self.counters is not None:
+            facts["counters"] = plain(self.counters.read())
+        if net := self.guards.get("net"):
+            facts["network"] = plain(net.counts())  # type: ignore[attr-defined]
+        return facts

@@ -1,0 +1,291 @@
+"""``mis``: look at runs and end them. Everything comes from the state directory and records."""
+
+from __future__ import annotations
+
+import json
+import signal as signals
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mis_run import __version__
+from mis_run.errors import MissingGuarantee, NotFound, UsageError
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+
+
+@click.group(
+    name="mis",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Runs are named by id, a unique prefix of it, or --name. Start one with mis-run.",
+)
+@click.version_option(__version__, "--version", "-V", message="mis-run %(version)s")
+def command() -> None:
+    """Look at guarded agents, end them, and check this machine."""
+
+
+def _print(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+@command.command()
+@JSON
+def ps(as_json: bool) -> int:
+    """List live runs."""
+    from mis_run import show, state
+
+    rows = [
+        {
+            "id": path.name,
+            "name": facts.get("name") or "",
+            "phase": facts.get("phase", "setup"),
+            "profile": facts.get("profile", ""),
+            "network": facts.get("network", ""),
+            "seconds": round(time.time() - facts.get("began", time.time()), 1),
+            "pid": facts.get("pid"),
+            "command": facts.get("command", []),
+        }
+        for path, facts in state.live()
+    ]
+    if as_json:
+        _print(rows)
+    else:
+        click.echo(show.runs(rows))
+    return 0
+
+
+@command.command()
+@click.argument("which", required=False, metavar="[RUN]")
+@JSON
+@click.option("--once", is_flag=True, help="One reading instead of a live view.")
+@click.option("--interval", default=1.0, type=click.FloatRange(0.1, 60), help="Seconds.")
+def top(which: str | None, as_json: bool, once: bool, interval: float) -> int:
+    """Usage, counters and network of live runs, refreshed until Ctrl-C."""
+    from mis_run import control, show, state
+
+    def readings() -> dict[str, dict[str, Any]]:
+        runs = [state.find(which)] if which else state.live()
+        found = {}
+        for path, facts in runs:
+            if facts.get("phase") != "running":
+                continue
+            try:
+                found[path.name] = {"name": facts.get("name"), **control.ask(path, do="top")}
+            except NotFound:  # it ended between the list and the question
+                if which:
+                    raise
+        return found
+
+    if as_json:
+        _print(readings())
+    elif once:
+        click.echo(show.top(readings()))
+    else:
+        show.live_top(readings, interval)
+    return 0
+
+
+@command.command()
+@click.argument("which", nargs=-1, required=True, metavar="RUN…")
+@click.option("--signal", "-s", "name", metavar="SIG", help="Send SIG instead of killing.")
+def kill(which: tuple[str, ...], name: str | None) -> int:
+    """Kill runs at once, the whole cgroup, or send their agents a signal."""
+    from mis_run import control, state
+
+    number = _signal(name) if name else None
+    for one in which:
+        path, _ = state.find(one)
+        control.ask(path, do="kill", signal=number)
+    return 0
+
+
+def _signal(name: str) -> int:
+    if name.isdecimal() and 1 <= int(name) <= 64:
+        return int(name)
+    try:
+        return signals.Signals[f"SIG{name.upper().removeprefix('SIG')}"].value
+    except KeyError:
+        raise UsageError(f"--signal {name!r}: no such signal", hint="use TERM, INT, 9 …") from None
+
+
+@command.command()
+@click.argument("which", required=False, metavar="[RUN]")
+@click.option("--follow", "-f", is_flag=True, help="Wait for more until the run ends.")
+@click.option("--denied", is_flag=True, help="Violations only.")
+@JSON
+def logs(which: str | None, follow: bool, denied: bool, as_json: bool) -> int:
+    """Print the record of a run, live or ended; without RUN, of the latest."""
+    from mis_run import show
+
+    for event in _events(_record(which), follow=follow):
+        if denied and event.get("verdict") not in ("deny", "audit", "kill"):
+            continue
+        click.echo(json.dumps(event) if as_json else show.event(event))
+    return 0
+
+
+def _record(which: str | None) -> Path:
+    """The record file of a run: as its state says, else by id in the default place."""
+    from mis_run import report, state
+
+    if which is not None:
+        for path, facts in state.live():
+            if which in (facts.get("name"), path.name) and facts.get("record"):
+                return Path(facts["record"])
+    pattern = f"{which}*.jsonl" if which and which.isalnum() else "*.jsonl"
+    try:
+        found = sorted(report.RECORDS.glob(pattern), key=lambda path: path.stat().st_mtime)
+    except OSError as error:
+        raise NotFound(f"{report.RECORDS}: {error.strerror}", hint="run as root") from error
+    if not found or (which and not which.isalnum()):
+        raise NotFound(f"no record of {which or 'any run'}", hint="mis ps; mis-run --log FILE …")
+    return found[-1]
+
+
+def _events(path: Path, *, follow: bool) -> Any:
+    from mis_run import report
+
+    seen = 0
+    while True:
+        ended = False
+        for count, event in enumerate(report.read(path)):
+            ended = ended or event["kind"] == "run.exit"
+            if count >= seen:
+                seen = count + 1
+                yield event
+        if not follow or ended:
+            return
+        time.sleep(0.2)
+
+
+@command.command()
+@click.argument("which", metavar="RUN")
+def inspect(which: str) -> int:
+    """Print the plan, state and measurements of a live run as JSON."""
+    from mis_run import control, state
+
+    path, facts = state.find(which)
+    _print({"state": facts, **control.ask(path, do="inspect")})
+    return 0
+
+
+@command.command()
+@click.argument("which", metavar="RUN")
+@click.argument("level", required=False, type=click.IntRange(1, 5))
+@JSON
+def defcon(which: str, level: int | None, as_json: bool) -> int:
+    """Show a run's DEFCON level, or set it (1 kills it)."""
+    from mis_run import control, state
+
+    path, _ = state.find(which)
+    answer = control.ask(path, do="defcon", level=level)
+    if as_json:
+        _print(answer)
+    else:
+        click.echo(f"DEFCON {answer['level']} ({answer['violations']} violations counted)")
+    return 0
+
+
+@command.command()
+@JSON
+def gc(as_json: bool) -> int:
+    """Remove what killed launchers left behind; live runs are not touched."""
+    from mis_run import gc as collector
+    from mis_run.host import needs_root
+    from mis_run.jsonable import plain
+
+    needs_root("mis gc")
+    removed = plain(collector.collect())
+    if as_json:
+        _print(removed)
+    else:
+        for what, names in removed.items():
+            for name in names:
+                click.echo(f"removed {what}: {name}")
+    return 0
+
+
+@command.command()
+@JSON
+def doctor(as_json: bool) -> int:
+    """Try every mechanism on this machine: works, or why not and how to get it.
+
+    Exit code 0 when the default profile can run here, 120 when it cannot.
+    """
+    from mis_run import host, show
+
+    report = host.diagnose()
+    if as_json:
+        _print(report)
+    else:
+        click.echo(show.doctor(report))
+    return 0 if report["default_profile"]["ok"] else MissingGuarantee.exit_code
+
+
+@command.group()
+def profile() -> None:
+    """List, show and check profiles."""
+
+
+@profile.command("list")
+@JSON
+def profile_list(as_json: bool) -> int:
+    """Every profile that can be named, with its source."""
+    from mis_run import profiles, show
+
+    rows = [
+        {"name": name, "source": str(path), "description": text}
+        for name, path, text in profiles.catalogue()
+    ]
+    if as_json:
+        _print(rows)
+    else:
+        click.echo(show.table(("NAME", "DESCRIPTION", "SOURCE"), rows))
+    return 0
+
+
+@profile.command("show")
+@click.argument("name", metavar="NAME|FILE")
+@JSON
+def profile_show(name: str, as_json: bool) -> int:
+    """The profile with everything it extends merged in."""
+    from mis_run import profiles
+    from mis_run.jsonable import plain
+
+    found = profiles.load(name)
+    if as_json:
+        _print(plain(found))
+    else:
+        click.echo(profiles.render(found))
+    return 0
+
+
+@profile.command("check")
+@click.argument("names", nargs=-1, required=True, metavar="NAME|FILE…")
+def profile_check(names: tuple[str, ...]) -> int:
+    """Validate profiles; the first error ends with exit code 2."""
+    from mis_run import profiles
+
+    for name in names:
+        profiles.load(name)
+        click.echo(f"{name}: ok")
+    return 0
+
+
+@command.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> int:
+    """Print shell completion for mis-run and mis; source it from your shell's start file."""
+    from click.shell_completion import get_completion_class
+
+    from mis_run import cli
+
+    for name, what in (("mis-run", cli.command), ("mis", command)):
+        found = get_completion_class(shell)
+        if found is None:
+            raise UsageError(f"no completion for {shell}")
+        variable = f"_{name.upper().replace('-', '_')}_COMPLETE"
+        click.echo(found(what, {}, name, variable).source())
+    return 0
