@@ -12,11 +12,13 @@ import pwd
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mis_run import cgroup, network, rootfs, runtime
-from mis_run.errors import UsageError
+from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.guards import counters, escape, files, net
-from mis_run.model import Finding, Host, User
+from mis_run.jsonable import plain
+from mis_run.model import Finding, Host, Options, User
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +107,30 @@ def _mounts() -> tuple[tuple[str, str], ...]:
         point = before.split(" ")[4].encode().decode("unicode_escape")
         found.append((point, after.split(" ")[0]))
     return tuple(found)
+
+
+def needs_root(what: str) -> None:
+    """Raise MissingGuarantee unless we are root."""
+    if not (finding := _root()).ok:
+        raise MissingGuarantee(f"{what} needs root", hint=finding.fix)
+
+
+def diagnose() -> dict[str, Any]:
+    """``mis doctor``: `probe`, the slow checks, and what follows for each guarantee."""
+    from mis_run import plan, profiles
+
+    found = probe()
+    mechanisms = {**found.mechanisms, **network.diagnose()}
+    given = {}
+    for guarantee, names in plan.GIVEN_BY.items():
+        missing = [name for name in names if not found.works(name)]
+        detail = f"missing: {', '.join(missing)}" if missing else ", ".join(names)
+        given[guarantee.value] = Finding(not missing, detail)
+    default = Finding(True)
+    try:
+        options = Options(command=("true",), workdir=Path("/srv/workspace"))
+        plan.check(plan.make(options, profiles.load("default"), found, caller(None, os.environ)))
+    except MissingGuarantee as error:
+        default = Finding(False, error.message, error.hint)
+    report = {"mechanisms": mechanisms, "guarantees": given, "default_profile": default}
+    return dict(plain(report))

@@ -36,6 +36,17 @@ NET_MECHANISMS: Mapping[NetMode, tuple[str, ...]] = {
     NetMode.HOST: ("cgroup-bpf",),
 }
 
+# What `mis doctor` asks for each guarantee; a plan asks for what its profile uses.
+GIVEN_BY: Mapping[Guarantee, tuple[str, ...]] = {
+    Guarantee.FILE: ("fanotify",),
+    Guarantee.EXEC: ("fanotify",),
+    Guarantee.NET: NET_MECHANISMS[NetMode.GUARDED],
+    Guarantee.ESCAPE: ("runtime", "seccomp-notify"),
+    Guarantee.LIMITS: ("memory", "cpu", "pids"),
+    Guarantee.COUNTERS: ("perf-cgroup",),
+    Guarantee.LIVENESS: ("watchdog",),
+}
+
 # A workspace here would hand the agent the host itself, or every secret of a user.
 NOT_A_WORKSPACE = frozenset(
     {"/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib64", "/opt", "/proc", "/root"}
