@@ -1,0 +1,123 @@
+"""The supervisor's half of the watchdog: start it before the agent, beat, notice its death.
+
+``closed``: whoever is lost, supervisor or watchdog, takes the agent along.  The watchdog holds a
+copy of the shim's lifeline, so the kernel closes the last copy only when both processes are gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mis_run.errors import SetupError
+from mis_run.model import Liveness
+from mis_run.supervise import Loop
+
+SCRIPT = Path(__file__).with_name("watchdog.py")
+
+
+class Watchdog:
+    """A running watchdog process; ``lost`` is called once if it dies before `dismiss`."""
+
+    def __init__(self, loop: Loop, settings: Liveness, pid: int, beats: socket.socket) -> None:
+        self.pid = pid
+        self._loop = loop
+        self._beats = beats
+        self._pidfd = os.pidfd_open(pid)
+        self._done = False
+        self._settings = settings
+
+    def start(self, lost: Callable[[], None], heard: Callable[[str], None]) -> None:
+        """Beat from now on. ``heard`` gets ``late`` and ``recovered``."""
+        self._loop.every(self._settings.beat, lambda: self._send(b"beat"))
+
+        def ended() -> None:
+            self._loop.remove(self._pidfd)
+            if not self._done:
+                lost()
+
+        def listen() -> None:
+            try:
+                words = self._beats.recv(64)
+            except (BlockingIOError, ConnectionError):
+                words = b""
+            if words:
+                heard(words.decode("ascii", "replace"))
+            else:
+                self._loop.remove(self._beats.fileno())
+
+        self._loop.add(self._pidfd, ended)
+        self._loop.add(self._beats.fileno(), listen)
+
+    def pause(self) -> None:
+        """We are about to be stopped on purpose (Ctrl-Z)."""
+        self._send(b"pause")
+
+    def resume(self) -> None:
+        """We go on."""
+        self._send(b"resume")
+
+    def dismiss(self) -> None:
+        """The run is over: the watchdog may go, and is waited for."""
+        self._done = True
+        self._send(b"bye")
+        self._loop.remove(self._pidfd)
+        self._loop.remove(self._beats.fileno())
+        self._beats.close()
+        with suppress(ProcessLookupError):  # it has heard "bye" already
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        os.close(self._pidfd)
+        os.waitpid(self.pid, 0)
+
+    def _send(self, words: bytes) -> None:
+        try:
+            self._beats.send(words)
+        except (BlockingIOError, ConnectionError):
+            return  # full: it has beats enough; gone: its pidfd tells us
+
+
+@contextmanager
+def arm(
+    loop: Loop,
+    settings: Liveness,
+    *,
+    run_id: str,
+    cgroup: Path,
+    lifeline: socket.socket,
+    record: int,
+) -> Iterator[Watchdog]:
+    """Start the watchdog and wait until it watches. Raises SetupError when it does not.
+
+    ``record`` is the descriptor of the run's record, opened for appending.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    reader, writer = os.pipe()
+    itself = os.pidfd_open(os.getpid())
+    passed = (theirs.fileno(), lifeline.fileno(), itself, record)
+    # Through numbers that are surely free first: a target may be another one's source.
+    spare = 200
+    actions = [(os.POSIX_SPAWN_DUP2, fd, spare + n) for n, fd in enumerate(passed)]
+    actions += [(os.POSIX_SPAWN_DUP2, writer, 1)]
+    actions += [(os.POSIX_SPAWN_DUP2, spare + n, 3 + n) for n in range(len(passed))]
+    actions += [(os.POSIX_SPAWN_CLOSE, spare + n) for n in range(len(passed))]
+    actions += [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+    argv = [sys.executable, "-I", "-S", "-E", str(SCRIPT), run_id, str(cgroup)]
+    argv += [str(settings.deadline), str(settings.beat)]
+    pid = os.posix_spawn(sys.executable, argv, {}, file_actions=actions)
+    theirs.close()
+    os.close(writer)
+    os.close(itself)
+    dog = Watchdog(loop, settings, pid, ours)
+    try:
+        with os.fdopen(reader, "rb") as words:
+            if words.read() != b"watching\n":
+                raise SetupError("the watchdog did not start", hint="mis doctor")
+        yield dog
+    finally:
+        dog.dismiss()

@@ -1,0 +1,63 @@
+"""What mis-run could leave on a machine, as one comparable value."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+
+def snapshot() -> dict[str, list[str]]:
+    """Cgroups, interfaces, tables, mounts, state, switches: sorted names, ours only."""
+    cgroups = sorted(
+        str(path) for root in _cgroup_roots() for path in root.glob("mis/*") if path.is_dir()
+    )
+    interfaces = sorted(
+        entry.name for entry in Path("/sys/class/net").iterdir() if entry.name.startswith("mis")
+    )
+    tables = subprocess.run(
+        ["nft", "list", "tables"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    mounts = [
+        line.split(" ")[4]
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if "/run/mis" in line or "mis-" in line
+    ]
+    state = sorted(
+        str(path)
+        for path in Path("/run/mis").rglob("*")
+        if path.is_file() and "net" not in path.parts
+    )
+    switches = [
+        f"{name}={Path('/proc/sys', name).read_text().strip()}"
+        for name in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding")
+    ]
+    shims = [
+        entry.parent.name
+        for entry in Path("/proc").glob("[0-9]*/comm")
+        if _read(entry) in ("mis-init", "runc", "crun", "runc:[2:INIT]", "runc:[1:CHILD]")
+    ]
+    return {
+        "cgroups": cgroups,
+        "interfaces": interfaces,
+        "tables": sorted(line for line in tables if " mis" in line),
+        "mounts": sorted(mounts),
+        "state": state,
+        "switches": switches,
+        "processes": sorted(shims),
+    }
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:  # it ended meanwhile
+        return ""
+
+
+def _cgroup_roots() -> list[Path]:
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if after.split(" ")[0] in ("cgroup", "cgroup2"):
+            found.append(Path(before.split(" ")[4]))
+    return found

@@ -1,0 +1,251 @@
+"""A launch as a person sees it: exit codes, streams, signals, limits, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from harness import MIS_RUN, ROOT, mis, run, start, wait_for
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    folder = tmp_path / "workspace"
+    folder.mkdir()
+    folder.chmod(0o777)
+    return folder
+
+
+def test_exit_codes_are_the_agents(workspace: Path) -> None:
+    """0, a number, and 128 + n for a signal pass through."""
+    assert run("true", cwd=workspace).code == 0
+    assert run("sh", "-c", "exit 37", cwd=workspace).code == 37
+    assert run("sh", "-c", "kill -TERM $$", cwd=workspace).code == 128 + signal.SIGTERM
+
+
+def test_command_that_is_not_there(workspace: Path) -> None:
+    """A missing command is 127, one that is no program 126, each with a message."""
+    missing = run("/no/such/program", cwd=workspace)
+    assert missing.code == 127
+    assert "/no/such/program" in missing.err
+    (workspace / "data").write_text("no program")
+    assert run("./data", cwd=workspace).code == 126
+
+
+def test_streams_pass_through(workspace: Path) -> None:
+    """stdin reaches the agent; stdout and stderr stay apart."""
+    done = run("sh", "-c", "cat; echo problem >&2", cwd=workspace, input="words\n")
+    assert done.out == "words\n"
+    assert "problem" in done.err
+
+
+def test_files_belong_to_the_invoking_user(workspace: Path) -> None:
+    """Under sudo, files made in the workspace belong to the user who called it."""
+    env = {"SUDO_UID": "65534", "SUDO_GID": "65534", "SUDO_USER": "nobody"}
+    done = run("touch", "mine", cwd=workspace, env=env)
+    assert done.code == 0, done.err
+    assert (workspace / "mine").stat().st_uid == 65534
+
+
+def test_writes_outside_the_workspace_vanish(workspace: Path) -> None:
+    """The agent may write to /usr/local, and the host's /usr/local never sees it."""
+    command = "echo x > /usr/local/mis-was-here && cat /usr/local/mis-was-here && touch kept"
+    done = run("sh", "-c", command, cwd=workspace, options=("--user", "0"))
+    assert done.code == 0, done.err
+    assert not Path("/usr/local/mis-was-here").exists()
+    assert (workspace / "kept").exists()
+
+
+def test_secrets_are_hidden(workspace: Path) -> None:
+    """Password hashes and root's home read as nothing inside, though they exist outside."""
+    assert Path("/etc/shadow").read_text()
+    script = "cat /etc/shadow; ls -A /root | head -1"
+    done = run("sh", "-c", script, cwd=workspace, options=("--user", "0"))
+    assert done.out.strip() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_are_forwarded(number: signal.Signals, workspace: Path) -> None:
+    """A signal to mis-run reaches the agent, which may handle it."""
+    script = f"trap 'echo caught; exit 9' {number.name[3:]}; echo up; while :; do sleep 0.05; done"
+    agent = start("sh", "-c", script, cwd=workspace)
+    assert agent.stdout is not None
+    assert agent.stdout.readline() == "up\n"
+    agent.send_signal(number)
+    out, _ = agent.communicate(timeout=20)
+    assert (agent.returncode, out) == (9, "caught\n")
+
+
+def test_second_interrupt_kills(workspace: Path) -> None:
+    """An agent that ignores SIGINT ends at the second one."""
+    agent = start("sh", "-c", "trap '' INT; echo up; while :; do sleep 1; done", cwd=workspace)
+    assert agent.stdout is not None
+    assert agent.stdout.readline() == "up\n"
+    agent.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert agent.poll() is None
+    agent.send_signal(signal.SIGINT)
+    agent.communicate(timeout=20)
+    assert agent.returncode == 128 + signal.SIGKILL
+
+
+def test_timeout_asks_then_ends(workspace: Path) -> None:
+    """--timeout sends SIGTERM first and gives the exit code of timeout(1)."""
+    script = "trap 'echo asked; exit 0' TERM; while :; do sleep 0.05; done"
+    done = run("sh", "-c", script, cwd=workspace, options=("--timeout", "1s"))
+    assert done.code == 124
+    assert done.out == "asked\n"
+
+
+def test_memory_hog_is_contained(workspace: Path) -> None:
+    """An agent over its memory limit is killed by the kernel and the summary says so."""
+    script = "x = bytearray(400 << 20); print(len(x))"
+    done = run("/usr/bin/python3", "-c", script, cwd=workspace, options=("--memory", "64M"))
+    assert done.code == 137, (done.out, done.err)
+    assert "memory limit" in done.err
+    assert any(event["kind"] == "limits.oom" for event in done.events)
+    fits = run("/usr/bin/python3", "-c", script, cwd=workspace, options=("--memory", "1G"))
+    assert fits.code == 0, fits.err
+
+
+BOMB = """
+import os, time
+made = refused = 0
+end = time.monotonic() + 2
+while time.monotonic() < end and made < 400:
+    try:
+        if os.fork() == 0:
+            time.sleep(3)
+            os._exit(0)
+        made += 1
+    except OSError:
+        refused += 1
+        time.sleep(0.01)
+print(made, refused)
+"""
+
+
+def test_fork_bomb_is_contained(workspace: Path) -> None:
+    """Forks beyond --pids fail inside and the host goes on answering."""
+    done = run("/usr/bin/python3", "-c", BOMB, cwd=workspace, options=("--pids", "32"))
+    made, refused = map(int, done.out.split())
+    assert made < 32
+    assert refused > 0
+    assert any(event["kind"] == "limits.pids" for event in done.events)
+    free = run("/usr/bin/python3", "-c", BOMB, cwd=workspace, options=("--pids", "600"))
+    assert int(free.out.split()[0]) == 400
+
+
+def test_cpu_burner_is_throttled(workspace: Path) -> None:
+    """Two seconds of burning under --cpus 0.25 use about half a second of CPU."""
+    script = "import time; end = time.monotonic() + 2\nwhile time.monotonic() < end: pass"
+    slow = run("/usr/bin/python3", "-c", script, cwd=workspace, options=("--cpus", "0.25"))
+    free = run("/usr/bin/python3", "-c", script, cwd=workspace)
+    used = [
+        next(e for e in done.events if e["kind"] == "run.exit")["subject"]["usage"]["cpu_seconds"]
+        for done in (slow, free)
+    ]
+    assert used[0] < 1.0 < used[1], used
+
+
+def test_dry_run_changes_nothing(workspace: Path) -> None:
+    """--dry-run prints the plan as text or JSON and makes nothing."""
+    text = run("true", cwd=workspace, options=("--dry-run",))
+    assert text.code == 0
+    assert "guarantees" in text.out
+    as_json = run("true", cwd=workspace, options=("--dry-run", "--json"))
+    assert json.loads(as_json.out)["command"] == ["true"]
+    assert not text.events
+
+
+def test_ps_top_inspect_kill(workspace: Path) -> None:
+    """A live run is listed, measured, inspected and killed by its name."""
+    agent = start("sleep", "60", cwd=workspace, options=("--name", "sleeper"))
+    try:
+        wait_for(lambda: "running" in mis("ps").stdout)
+        rows = json.loads(mis("ps", "--json").stdout)
+        assert [row["name"] for row in rows] == ["sleeper"]
+        assert "sleeper" in mis("top", "--once").stdout
+        plan = json.loads(mis("inspect", "sleeper").stdout)["plan"]
+        assert plan["command"] == ["sleep", "60"]
+        assert "DEFCON 5" in mis("defcon", "sleeper").stdout
+        assert mis("kill", "sleeper").returncode == 0
+        agent.communicate(timeout=10)
+        assert agent.returncode == 137
+    finally:
+        agent.kill()
+        agent.wait()
+    assert json.loads(mis("ps", "--json").stdout) == []
+
+
+def test_terminal_works(workspace: Path) -> None:
+    """Under a terminal the agent has one: its size, job control, and our exit code."""
+    import pty
+
+    pid, master = pty.fork()
+    if pid == 0:
+        os.chdir(workspace)
+        os.execv(MIS_RUN[0], [*MIS_RUN, "--", "sh", "-c", "tty; stty size; read x; exit 5"])
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 99, 0, 0))
+    seen = b""
+    end = time.monotonic() + 20
+    sent = False
+    while time.monotonic() < end:
+        try:
+            data = os.read(master, 4096)
+        except OSError:
+            break
+        if not data:
+            break
+        seen += data
+        if b"99" in seen and not sent:
+            os.write(master, b"go\r")
+            sent = True
+    _, status = os.waitpid(pid, 0)
+    os.close(master)
+    assert os.waitstatus_to_exitcode(status) == 5, seen
+    assert b"/dev/" in seen
+    assert b"33 99" in seen
+
+
+def test_sigkill_of_mis_run_ends_the_agent(workspace: Path) -> None:
+    """When mis-run is killed outright its agent dies within a second, and gc removes the rest."""
+    agent = start("sh", "-c", "echo up; sleep 321", cwd=workspace)
+    assert agent.stdout is not None
+    assert agent.stdout.readline() == "up\n"
+    agent.kill()
+    agent.wait()
+    killed = time.monotonic()
+    wait_for(lambda: not _alive("sleep 321"), 3)
+    assert time.monotonic() - killed < 1.0
+    assert mis("gc").returncode == 0
+
+
+def _alive(words: str) -> bool:
+    found = subprocess.run(["pgrep", "-f", f"^{words}$"], capture_output=True, check=False)
+    return found.returncode == 0
+
+
+def test_example_coder(tmp_path: Path) -> None:
+    """The README's first agent repairs its project inside the sandbox."""
+    done = run("/usr/bin/python3", str(ROOT / "examples/agents/coder.py"), cwd=ROOT_COPY(tmp_path))
+    assert done.code == 0, (done.out, done.err)
+    assert "pass now" in done.out
+
+
+def ROOT_COPY(folder: Path) -> Path:
+    """A checkout of our own to work in, so that the project's tree stays clean."""
+    copy = folder / "checkout"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
+    return copy
