@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from mis_run.errors import SetupError
 from mis_run.model import Liveness
@@ -102,7 +103,9 @@ def arm(
     passed = (theirs.fileno(), lifeline.fileno(), itself, record)
     # Through numbers that are surely free first: a target may be another one's source.
     spare = 200
-    actions = [(os.POSIX_SPAWN_DUP2, fd, spare + n) for n, fd in enumerate(passed)]
+    actions: list[tuple[Any, ...]] = [
+        (os.POSIX_SPAWN_DUP2, fd, spare + n) for n, fd in enumerate(passed)
+    ]
     actions += [(os.POSIX_SPAWN_DUP2, writer, 1)]
     actions += [(os.POSIX_SPAWN_DUP2, spare + n, 3 + n) for n in range(len(passed))]
     actions += [(os.POSIX_SPAWN_CLOSE, spare + n) for n in range(len(passed))]
