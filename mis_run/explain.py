@@ -1,0 +1,110 @@
+"""From a denial to plain words and to the exact line or flag that would allow it.
+
+Pure: one event (as `events.Event.json` makes it) in, one `Advice` out.  What must never be allowed
+says so instead of naming a flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What was denied and why, and what to change: ``line`` for a profile, ``flag`` for a launch.
+
+    Both are empty when nothing may allow it; ``why`` then says so.
+    """
+
+    what: str
+    why: str
+    line: str = ""
+    flag: str = ""
+
+
+def advise(event: Mapping[str, Any]) -> Advice:
+    """The advice for one violation."""
+    kind = str(event.get("kind", ""))
+    subject = event.get("subject", {})
+    rule = str(event.get("rule") or "default")
+    area, _, verb = kind.partition(".")
+    who = str(event.get("comm") or "a process")
+    if area == "net":
+        return _network(verb, subject, who, rule)
+    if area in ("file", "exec"):
+        return _object(area, subject, who, rule)
+    if area == "escape":
+        return Advice(
+            f"{who} called {verb}",
+            "this call can change or leave the container; no profile allows it",
+        )
+    return Advice(f"{who}: {kind}", f"rule: {rule}")
+
+
+def _network(verb: str, subject: Mapping[str, Any], who: str, rule: str) -> Advice:
+    if verb == "resolve":
+        name = subject.get("name", "?")
+        return Advice(
+            f"{who} looked up {name}",
+            "the agent's resolver answers only names that a rule allows",
+            f'[network] allow = ["...", "{name}:443"]',
+            f"--allow-net {name}:443",
+        )
+    if verb == "socket":
+        what = " ".join(str(value) for value in subject.values())
+        return Advice(
+            f"{who} opened a socket of kind {what}",
+            "only TCP and UDP sockets can be judged by rules; no profile allows others",
+        )
+    where = str(subject.get("destination", "?"))
+    protocol = str(subject.get("protocol", ""))
+    if verb == "bind":
+        return Advice(
+            f"{who} wanted to listen on {where}",
+            f"rule: {rule}",
+            f'[network] listen = ["...", "{where}"]',
+        )
+    if rule.startswith("builtin"):
+        return Advice(
+            f"{who} wanted {protocol} to {where}",
+            f"{rule}: only a rule that names this very address allows it",
+            f'[network] allow = ["...", "{where}"]',
+            f"--allow-net {where}",
+        )
+    suffix = f"/{protocol}" if protocol in ("tcp", "udp") else ""
+    return Advice(
+        f"{who} wanted {protocol or 'a connection'} to {where}",
+        "no rule allows this destination" if rule == "default" else f"rule: {rule}",
+        f'[network] allow = ["...", "{where}{suffix}"]',
+        f"--allow-net {where}{suffix}",
+    )
+
+
+def _object(area: str, subject: Mapping[str, Any], who: str, rule: str) -> Advice:
+    path = subject.get("path", "?")
+    verb, key = ("execute", "allow") if area == "exec" else ("open", "read")
+    section = "exec" if area == "exec" else "files"
+    why = "no rule names it" if rule == "default" else f"rule: {rule}"
+    if rule.startswith(("deny", "@secrets", "kill")):
+        why += "; a more specific rule would have to allow it"
+    return Advice(f"{who} wanted to {verb} {path}", why, f'[{section}] {key} = ["...", "{path}"]')
+
+
+def text(events: Iterable[Mapping[str, Any]]) -> str:
+    """Each different denial once, with how often, in the order of first appearance."""
+    counted: dict[Advice, int] = {}
+    for event in events:
+        if event.get("verdict") in ("deny", "audit", "kill"):
+            advice = advise(event)
+            counted[advice] = counted.get(advice, 0) + 1
+    lines = []
+    for advice, times in counted.items():
+        often = f" ({times} times)" if times > 1 else ""
+        lines.append(f"{advice.what}{often}: {advice.why}")
+        if advice.flag:
+            lines.append(f"  allow once:      {advice.flag}")
+        if advice.line:
+            lines.append(f"  allow by profile: {advice.line}")
+    return "\n".join(lines) if lines else "nothing was denied"
