@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from mis_run.errors import SetupError
+from mis_run.linux.spawn import spawn
 from mis_run.model import Liveness
 from mis_run.supervise import Loop
 
@@ -100,19 +100,11 @@ def arm(
     ours.setblocking(False)
     reader, writer = os.pipe()
     itself = os.pidfd_open(os.getpid())
-    passed = (theirs.fileno(), lifeline.fileno(), itself, record)
-    # Through numbers that are surely free first: a target may be another one's source.
-    spare = 200
-    actions: list[tuple[Any, ...]] = [
-        (os.POSIX_SPAWN_DUP2, fd, spare + n) for n, fd in enumerate(passed)
-    ]
-    actions += [(os.POSIX_SPAWN_DUP2, writer, 1)]
-    actions += [(os.POSIX_SPAWN_DUP2, spare + n, 3 + n) for n in range(len(passed))]
-    actions += [(os.POSIX_SPAWN_CLOSE, spare + n) for n in range(len(passed))]
-    actions += [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
     argv = [sys.executable, "-I", "-S", "-E", str(SCRIPT), run_id, str(cgroup)]
     argv += [str(settings.deadline), str(settings.beat)]
-    pid = os.posix_spawn(sys.executable, argv, {}, file_actions=actions)
+    fds = {1: writer, 2: 2, 3: theirs.fileno(), 4: lifeline.fileno(), 5: itself, 6: record}
+    with open(os.devnull) as nothing:
+        pid = spawn(argv, {0: nothing.fileno(), **fds}, env={})
     theirs.close()
     os.close(writer)
     os.close(itself)

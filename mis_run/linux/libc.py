@@ -1,0 +1,74 @@
+"""The few libc calls Python does not have: namespaces, mounts, prctl. One table, one errcheck.
+
+Prototypes are set once, here; an error is an OSError whose message shows the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+# Numbers from linux/sched.h, linux/mount.h and linux/prctl.h: part of the kernel's stable ABI.
+CLONE_NEWNS = 0x00020000
+CLONE_NEWNET = 0x40000000
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_REC = 0x4000
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MNT_DETACH = 2
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _errcheck(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        shown = ", ".join(repr(argument) for argument in arguments)
+        raise OSError(number, f"{function.__name__}({shown}): {os.strerror(number)}")
+    return result
+
+
+def _function(name: str, *argtypes: Any) -> Any:
+    function = getattr(_libc, name)
+    function.argtypes = argtypes
+    function.restype = ctypes.c_int
+    function.errcheck = _errcheck
+    return function
+
+
+_text = ctypes.c_char_p
+_unshare = _function("unshare", ctypes.c_int)
+_setns = _function("setns", ctypes.c_int, ctypes.c_int)
+_mount = _function("mount", _text, _text, _text, ctypes.c_ulong, _text)
+_umount2 = _function("umount2", _text, ctypes.c_int)
+_prctl = _function("prctl", ctypes.c_int, *[ctypes.c_ulong] * 4)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2): move the calling thread into new namespaces."""
+    _unshare(flags)
+
+
+def setns(fd: int, kind: int = 0) -> None:
+    """setns(2): move the calling thread into the namespace behind ``fd``."""
+    _setns(fd, kind)
+
+
+def mount(source: str, target: str, kind: str, flags: int = 0, data: str = "") -> None:
+    """mount(2); empty strings are passed as they are, which the kernel ignores where unused."""
+    _mount(source.encode(), os.fsencode(target), kind.encode(), flags, os.fsencode(data))
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """umount2(2)."""
+    _umount2(os.fsencode(target), flags)
+
+
+def prctl(option: int, value: int) -> None:
+    """prctl(2) with one argument."""
+    _prctl(option, value, 0, 0, 0)

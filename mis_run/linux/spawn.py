@@ -1,0 +1,40 @@
+"""posix_spawn(3) with chosen descriptor numbers: no fork of our heap, no code between fork and exec.
+
+Python's own descriptors are all close-on-exec, so a child has exactly what is named here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SPARE = 512  # above any descriptor of ours; sources move here first, since a target may be a source
+
+
+def spawn(
+    argv: Sequence[str],
+    fds: Mapping[int, int],
+    *,
+    env: Mapping[str, str] | None = None,
+    die_with_us: bool = False,
+) -> int:
+    """Start ``argv`` with descriptor ``target`` being our ``source`` for each pair; returns its pid.
+
+    ``die_with_us`` has the kernel kill it when we die (PR_SET_PDEATHSIG, by setpriv(1)).
+    Raises OSError when it cannot be executed.
+    """
+    pairs = list(fds.items())
+    actions: list[tuple[Any, ...]] = []
+    for number, (_, source) in enumerate(pairs):
+        actions.append((os.POSIX_SPAWN_DUP2, source, SPARE + number))
+    for number, (target, _) in enumerate(pairs):
+        actions.append((os.POSIX_SPAWN_DUP2, SPARE + number, target))
+        actions.append((os.POSIX_SPAWN_CLOSE, SPARE + number))
+    program = shutil.which(argv[0]) or argv[0]
+    command = [program, *argv[1:]]
+    if die_with_us:
+        command = ["setpriv", "--pdeathsig", "KILL", "--", *command]
+    given = dict(os.environ) if env is None else dict(env)
+    return os.posix_spawnp(command[0], command, given, file_actions=actions)
