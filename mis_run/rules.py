@@ -190,16 +190,18 @@ def compile(
     *,
     resolved: Mapping[str, Iterable[str]] | None = None,
     own_addresses: Iterable[str] = (),
-    own_loopback: bool,
+    own_loopback: bool = False,
+    special: Mapping[str, str] = SPECIAL,
 ) -> Table:
     """The table for ``rules``; the index of a rule is its place in ``rules``.
 
     ``resolved`` gives the present addresses of names; one inside a denied prefix is left out, so
     that a name cannot be pointed at the host (DNS rebinding).  ``own_addresses`` are the host's.
+    ``special`` are the prefixes denied by themselves (none for listening rules).
     ``own_loopback``: the agent has a network namespace of its own, where loopback is its own.
     Raises UsageError when one address would have more than MOST_PORTS port rules.
     """
-    special = {**SPECIAL, **{f"{address}": "the host itself" for address in own_addresses}}
+    special = {**special, **dict.fromkeys(own_addresses, "the host itself")}
     texts = [rule.text for rule in rules]
     denied: dict[tuple[int, bytes], int] = {}
     for prefix, reason in {**special, **CANARIES}.items():
@@ -235,9 +237,9 @@ def compile(
                 f"network rule {shown!r}: more than {MOST_PORTS} port rules for one address",
                 hint="use port ranges",
             )
-        reason = denied[max(above)] if above else default
+        why = denied[max(above)] if above else default
         ordered = tuple(sorted(ports, key=lambda port: (port.rule, port.low)))
-        entries[place] = Entry(ordered, reason)
+        entries[place] = Entry(ordered, why)
     return Table(entries, tuple(texts))
 
 

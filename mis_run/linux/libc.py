@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from typing import Any
 
 # Numbers from linux/sched.h, linux/mount.h and linux/prctl.h: part of the kernel's stable ABI.
@@ -49,6 +50,11 @@ _umount2 = _function("umount2", _text, ctypes.c_int)
 _prctl = _function("prctl", ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 
+_syscall = _function("syscall", *[ctypes.c_long] * 4)
+_syscall.restype = ctypes.c_long
+_BPF = {"x86_64": 321, "aarch64": 280}.get(platform.machine(), 321)
+
+
 def unshare(flags: int) -> None:
     """unshare(2): move the calling thread into new namespaces."""
     _unshare(flags)
@@ -72,3 +78,9 @@ def umount(target: str, flags: int = 0) -> None:
 def prctl(option: int, value: int) -> None:
     """prctl(2) with one argument."""
     _prctl(option, value, 0, 0, 0)
+
+
+def bpf(command: int, attributes: bytes) -> int:
+    """bpf(2) with a packed ``union bpf_attr``; returns its result (often a descriptor)."""
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    return int(_syscall(_BPF, command, ctypes.addressof(buffer), len(attributes)))
