@@ -1,0 +1,345 @@
+"""The agent's network: a namespace of its own, one veth pair, NAT. No rules are judged here.
+
+The namespace has no name: it is held by a descriptor and by the container, and takes the veth
+pair with it when the last of them goes.  What outlives a killed launcher is an index file and rows
+of one nftables table, which `gc` removes.  docs/decisions/network-plumbing.md argues the choices.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mis_run import nft, rules
+from mis_run.errors import SetupError
+from mis_run.linux import libc
+from mis_run.model import Finding, NetMode, NetPlan
+from mis_run.state import STATE
+
+NET = STATE / "net"
+MOST = 1 << 14  # /30 networks in 10.213.0.0/16
+MAC_HOST, MAC_AGENT = "02:6d:69:73:00:01", "02:6d:69:73:00:02"
+SWITCH4 = Path("/proc/sys/net/ipv4/ip_forward")
+SWITCH6 = Path("/proc/sys/net/ipv6/conf/all/forwarding")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The agent's network. Addresses are empty in mode ``none``."""
+
+    netns: int  # descriptor
+    interface: str = ""  # our end of the veth pair
+    ifindex: int = 0
+    address4: str = ""
+    address6: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The namespace as a path, for the container runtime."""
+        return f"/proc/{os.getpid()}/fd/{self.netns}"
+
+
+def supported() -> dict[str, Finding]:
+    """``netns``, ``nftables``, ``ipv6``: a namespace is really made, a netlink socket opened."""
+    found = {"ipv6": Finding(SWITCH6.exists(), "IPv6 is on" if SWITCH6.exists() else "IPv6 is off")}
+    try:
+        os.close(_namespace(()))
+        found["netns"] = Finding(True, "a network namespace can be made")
+    except (OSError, SetupError) as error:
+        fix = "inside a container, mis-run needs --privileged or CAP_SYS_ADMIN"
+        found["netns"] = Finding(False, f"no network namespace: {error}", fix)
+    missing = [name for name in ("nft", "ip") if shutil.which(name) is None]
+    try:
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12).close()  # NETLINK_NETFILTER
+    except OSError as error:
+        found["nftables"] = Finding(False, f"the kernel has no nftables: {error.strerror}")
+    else:
+        text = f"not installed: {', '.join(missing)}" if missing else shutil.which("nft") or ""
+        found["nftables"] = Finding(not missing, text, "apt-get install nftables iproute2")
+    return found
+
+
+def diagnose() -> dict[str, Finding]:
+    """The slow check of ``mis doctor``: does another table drop what is forwarded?"""
+    blockers = nft.forward_blockers()
+    if not blockers:
+        return {"forwarding": Finding(True, "no other table drops forwarded packets")}
+    family, table, chain = blockers[0]
+    fix = f'nft insert rule {family} {table} {chain} iifname "mis-*" accept'
+    detail = f"table {family} {table} drops forwarded packets by default, the agent's too"
+    return {"forwarding": Finding(False, detail, fix)}
+
+
+def host_addresses() -> tuple[str, ...]:
+    """The host's own addresses, loopback and link-local left out (they are denied anyway)."""
+    found = []
+    address = ""
+    for line in Path("/proc/net/fib_trie").read_text().splitlines():
+        words = line.split()
+        if words[:1] == ["|--"]:
+            address = words[1]
+        elif words[:3] == ["/32", "host", "LOCAL"] and not address.startswith("127."):
+            found.append(address)
+    inet6 = Path("/proc/net/if_inet6")
+    for line in inet6.read_text().splitlines() if inet6.exists() else ():
+        packed = bytes.fromhex(line.split()[0])
+        if packed[:2] != b"\xfe\x80" and packed != b"\0" * 15 + b"\1":
+            found.append(socket.inet_ntop(socket.AF_INET6, packed))
+    return tuple(dict.fromkeys(found))
+
+
+@contextmanager
+def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
+    """The agent's network; None in host mode. Raises SetupError."""
+    if plan.mode is NetMode.HOST:
+        yield None
+        return
+    if plan.mode is NetMode.NONE:
+        netns = _namespace(())
+        try:
+            yield Link(netns)
+        finally:
+            os.close(netns)
+        return
+    index = _claim(run_id, ipv6=plan.ipv6)
+    try:
+        link = _connect(plan, run_id, index)
+        try:
+            nft.allow_local(link.interface, _local_rules(plan))
+            yield link
+        finally:
+            # The namespace itself may live on in dying processes; its interface must not.
+            _run(["ip", "link", "del", link.interface])
+            os.close(link.netns)
+    finally:
+        _release({run_id})
+
+
+def _connect(plan: NetPlan, run_id: str, index: int) -> Link:
+    base = index * 4
+    prefix4 = f"10.213.{base >> 8}"
+    gateway4, address4 = f"{prefix4}.{(base & 255) + 1}", f"{prefix4}.{(base & 255) + 2}"
+    gateway6, address6 = f"fd6d:6973:0:{index:x}::1", f"fd6d:6973:0:{index:x}::2"
+    interface = f"mis-{run_id}"
+    host = f"/proc/{os.getpid()}/ns/net"
+    inside = [
+        f"link add eth0 address {MAC_AGENT} type veth peer name {interface} "
+        f"address {MAC_HOST} netns {host}",
+        f"addr add {address4}/30 dev eth0",
+        "link set lo up",
+        "link set eth0 up",
+        # Neighbours are permanent on both ends: XDP passes neither ARP nor neighbour discovery.
+        f"neigh add {gateway4} lladdr {MAC_HOST} dev eth0 nud permanent",
+        f"route add default via {gateway4}",
+    ]
+    outside = [
+        f"addr add {gateway4}/30 dev {interface}",
+        f"link set {interface} up",
+        f"neigh add {address4} lladdr {MAC_AGENT} dev {interface} nud permanent",
+    ]
+    if plan.ipv6:
+        inside += [
+            f"addr add {address6}/64 dev eth0 nodad",
+            f"neigh add {gateway6} lladdr {MAC_HOST} dev eth0 nud permanent",
+            f"route add ::/0 via {gateway6}",
+        ]
+        outside += [
+            f"addr add {gateway6}/64 dev {interface} nodad",
+            f"neigh add {address6} lladdr {MAC_AGENT} dev {interface} nud permanent",
+        ]
+    netns = _namespace(inside, ipv6=plan.ipv6)
+    try:
+        _batch(outside)
+        ifindex = socket.if_nametoindex(interface)
+    except BaseException:
+        os.close(netns)
+        raise
+    return Link(netns, interface, ifindex, address4, address6 if plan.ipv6 else None)
+
+
+def _namespace(commands: Sequence[str], *, ipv6: bool = False) -> int:
+    """A new network namespace with loopback up and ``ip`` commands run in it; its descriptor.
+
+    Made by a thread that never comes back to our namespace: unshare(2) and the children a thread
+    starts concern that thread alone, so the rest of the process does not move.
+    """
+    made: list[int] = []
+    failed: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            libc.unshare(libc.CLONE_NEWNET)
+            made.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+            own = Path("/proc/sys/net/ipv6/conf")
+            if own.exists():
+                for which in ("all", "default"):
+                    (own / which / "accept_ra").write_text("0")
+                    if commands and not ipv6:
+                        (own / which / "disable_ipv6").write_text("1")
+            if commands:
+                _batch(commands)
+            else:
+                _loopback_up()
+        except (OSError, SetupError) as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    if failed:
+        for fd in made:
+            os.close(fd)
+        raise failed[0]
+    return made[0]
+
+
+def _loopback_up() -> None:
+    """SIOCSIFFLAGS IFF_UP on lo, netdevice(7)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))
+
+
+def _batch(commands: Sequence[str]) -> None:
+    """``ip -batch -``: one process, stopping at the first command that fails."""
+    _run(["ip", "-batch", "-"], "\n".join(commands) + "\n", check=True)
+
+
+def _run(argv: list[str], text: str = "", *, check: bool = False) -> None:
+    try:
+        done = subprocess.run(argv, input=text, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise SetupError(
+            f"cannot run {argv[0]}: {error.strerror}", hint="apt-get install iproute2"
+        ) from error
+    if check and done.returncode:
+        raise SetupError(f"{' '.join(argv)}: {done.stderr.strip()[-300:]}\n{text}".rstrip())
+
+
+# ---- what is shared by all runs: addresses, forwarding, one table --------------------------------
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    NET.mkdir(parents=True, exist_ok=True)
+    fd = os.open(NET / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _indices() -> dict[int, str]:
+    """Taken address indices and the runs that hold them."""
+    return {int(path.name): path.read_text() for path in NET.iterdir() if path.name.isdecimal()}
+
+
+def _claim(run_id: str, *, ipv6: bool) -> int:
+    """The lowest free index, with the shared table and the forwarding switches in place."""
+    with _locked():
+        taken = _indices()
+        index = next((n for n in range(MOST) if n not in taken), None)
+        if index is None:
+            raise SetupError("no address is left for another agent", hint="mis gc")
+        (NET / str(index)).write_text(run_id)
+        try:
+            switched = _switch_on(ipv6=ipv6)
+            nft.install(close4=SWITCH4.name in switched, close6=SWITCH6.name in switched)
+        except BaseException:
+            _forget({run_id})
+            raise
+    return index
+
+
+def _release(run_ids: set[str]) -> None:
+    with _locked():
+        _forget(run_ids)
+
+
+def _forget(run_ids: set[str]) -> None:
+    """Free the indices of runs; with the last one, undo the table and the switches."""
+    left = 0
+    for index, owner in _indices().items():
+        if owner in run_ids:
+            (NET / str(index)).unlink()
+        else:
+            left += 1
+    if not left:
+        nft.remove()
+        _switch_back()
+
+
+def _switch_on(*, ipv6: bool) -> dict[str, str]:
+    """Turn forwarding on, remembering what was off; returns the switches that we turned."""
+    record = NET / "switches"
+    remembered: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+    wanted = [SWITCH4, SWITCH6] if ipv6 else [SWITCH4]
+    if ipv6 and SWITCH6.read_text().strip() == "0":
+        # A forwarding host ignores router advertisements unless accept_ra is 2 (ip-sysctl.rst):
+        # without this the host would lose its own IPv6 configuration.
+        for path in Path("/proc/sys/net/ipv6/conf").glob("*/accept_ra"):
+            if path.read_text().strip() == "1" and str(path) not in remembered:
+                remembered[str(path)] = "1"
+                path.write_text("2")
+    for path in wanted:
+        if path.read_text().strip() == "0" and str(path) not in remembered:
+            remembered[str(path)] = "0"
+            record.write_text(json.dumps(remembered))  # before the act: gc must know
+            path.write_text("1")
+    record.write_text(json.dumps(remembered))
+    return {Path(path).name: value for path, value in remembered.items() if value == "0"}
+
+
+def _switch_back() -> None:
+    record = NET / "switches"
+    if not record.exists():
+        return
+    for path, value in json.loads(record.read_text()).items():
+        if Path(path).exists():  # an interface may be gone
+            Path(path).write_text(value)
+    record.unlink()
+
+
+def _local_rules(plan: NetPlan) -> list[tuple[str, str, str, str]]:
+    """(family, protocol, address, ports) of rules that name one of the host's own addresses."""
+    found = []
+    for text in plan.allow:
+        rule = rules.parse(text)
+        if rule.network is None or rule.network.num_addresses != 1:
+            continue
+        address = str(rule.network.network_address)
+        if address not in plan.host_addresses:
+            continue
+        ports = f"{max(rule.low, 1)}-{rule.high}"
+        for bit, protocol in ((rules.TCP, "tcp"), (rules.UDP, "udp")):
+            if rule.protocols & bit:
+                found.append((str(rule.network.version), protocol, address, ports))
+    return found
+
+
+def gc(live: set[str]) -> list[str]:
+    """Remove indices, table rows and interfaces of runs that are not live; what was removed."""
+    if not NET.is_dir():
+        return []
+    removed = []
+    for interface in os.listdir("/sys/class/net"):  # noqa: PTH208 - names only
+        run_id = interface.removeprefix("mis-")
+        if interface.startswith("mis-") and run_id not in live:
+            _run(["ip", "link", "del", interface])
+            removed.append(interface)
+    with _locked():
+        dead = set(_indices().values()) - live
+        if dead or not _indices():
+            _forget(dead)
+        nft.forget_local({f"mis-{run_id}" for run_id in live})
+    return removed + sorted(f"address of {run_id}" for run_id in dead)
