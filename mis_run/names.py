@@ -352,7 +352,7 @@ def _from_hosts(text: str) -> tuple[str, ...]:
 
 
 def upstream(texts: Sequence[str]) -> list[tuple[str, int]]:
-    """Servers to ask: those of the profile (``ADDR[:PORT]``), else the host's. Raises UsageError."""
+    """Servers to ask: the profile's (``ADDR[:PORT]``), else the host's. Raises UsageError."""
     found = []
     for text in texts:
         host, port = text, "53"
