@@ -1,0 +1,454 @@
+"""Every key a profile may have: one table, from which checking, building and the docs are made.
+
+``python -m mis_run.schema`` prints docs/profile-reference.md; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from mis_run import model, units
+from mis_run.errors import ProfileError, UsageError
+from mis_run.events import Guarantee
+from mis_run.sets import SETS, named
+
+LEAST_MEMORY = 6 << 20  # docker's minimum too: below it not even the shim starts
+EVENTS = (
+    *("cycles", "instructions", "branches", "branch-misses", "cache-references", "cache-misses"),
+    *("task-clock", "page-faults", "minor-faults", "major-faults"),
+    *("context-switches", "cpu-migrations"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key: how its value is read, what it means."""
+
+    read: Callable[[Any], Any]
+    meaning: str
+    kind: str
+    section: str = ""
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise UsageError("must be a string")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError("must be true or false")
+    return value
+
+
+def _list(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    def check(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise UsageError("must be a list")
+        if len(value) > 4096:
+            raise UsageError("has more than 4096 entries")
+        return tuple(read(_text(item)) for item in value if item != "...")
+
+    return check
+
+
+def _choice(names: Sequence[str], make: Callable[[str], Any]) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if _text(value) not in names:
+            near = difflib.get_close_matches(value, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}"
+            raise UsageError(f"{value!r} is not one of the possible values", hint=hint)
+        return make(value)
+
+    return check
+
+
+def _pattern(value: str) -> str:
+    if value.startswith("@"):
+        named(value)
+    elif not value.startswith(("/", "~", "$", "*")):
+        raise UsageError(
+            f"{value!r} is no absolute path, glob or set", hint="begin with /, ~, $, ** or @"
+        )
+    elif ".." in value.split("/"):
+        raise UsageError(f"{value!r} has '..' in it")
+    return value
+
+
+def _program(value: str) -> str:
+    entry, mark, digest = value.partition("#sha256:")
+    if mark and not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise UsageError(f"{value!r}: a sha256 is 64 hexadecimal digits")
+    if entry.startswith("@"):
+        named(entry)
+    elif not entry or (("/" in entry) and not entry.startswith(("/", "~", "$", "*"))):
+        raise UsageError(f"{value!r} is no program name, absolute path or set")
+    return value
+
+
+def _destination(value: str) -> str:
+    from mis_run import rules
+
+    rules.parse(value)
+    return value
+
+
+def _listening(value: str) -> str:
+    from mis_run import rules
+
+    rules.parse_listen(value)
+    return value
+
+
+def _resolver(value: str) -> str:
+    from mis_run import names
+
+    names.upstream([value])
+    return value
+
+
+def _number(read: Callable[[str], Any]) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise UsageError("must be a string or a number")
+        return read(value if isinstance(value, str) else f"{value:.15g}")
+
+    return check
+
+
+def _memory(text: str) -> int:
+    value = units.size(text)
+    if value < LEAST_MEMORY:
+        raise UsageError(f"{text!r} is too little for any process", hint="use at least 6M")
+    return value
+
+
+def _whole(low: int, high: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UsageError("must be a whole number")
+        if not low <= value <= high:
+            raise UsageError(f"{value} is not between {low} and {high}")
+        return value
+
+    return check
+
+
+def _thresholds(value: Any) -> tuple[int, ...]:
+    read = _whole(1, 1_000_000)
+    if not isinstance(value, list) or len(value) != 4:
+        raise UsageError("must be four numbers, for levels 4, 3, 2 and 1")
+    found = tuple(read(item) for item in value)
+    if sorted(set(found)) != list(found):
+        raise UsageError("must increase from level 4 to level 1")
+    return found
+
+
+def _delays(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != 3:
+        raise UsageError("must be three times, for levels 4, 3 and 2")
+    found = tuple(_number(units.duration)(item) for item in value)
+    if any(item > 1 for item in found):
+        raise UsageError("a delay is at most one second")
+    return found
+
+
+def _weights(value: Any) -> dict[str, int]:
+    if not isinstance(value, dict):
+        raise UsageError("must be a table of event kind = number")
+    return {_text(kind): _whole(0, 1000)(weight) for kind, weight in value.items()}
+
+
+def _guarantees(value: Any) -> frozenset[Guarantee]:
+    return frozenset(_list(_choice([g.value for g in Guarantee], Guarantee))(value))
+
+
+_PATHS = _list(_pattern)
+_TIME = _number(units.duration)
+_SIZE = _number(units.size)
+
+# section → key → what it is. "" is the top level.
+SECTIONS: Mapping[str, Mapping[str, Key]] = {
+    "": {
+        "extends": Key(_text, "name or path of a profile whose values are the defaults", "string"),
+        "description": Key(_text, "one line for `mis profile list`", "string"),
+    },
+    "require": {
+        "guarantees": Key(
+            _guarantees,
+            "the launch is refused if this host cannot give one: "
+            + ", ".join(f"`{g.value}`" for g in Guarantee),
+            "list",
+        ),
+    },
+    "files": {
+        "read": Key(_PATHS, "what may be opened", "patterns"),
+        "write": Key(
+            _PATHS, "what may be opened, and changed where it is mounted writable", "patterns"
+        ),
+        "deny": Key(_PATHS, "what may not be opened; hidden where it exists at launch", "patterns"),
+        "protect": Key(
+            _PATHS, "read-only inside a writable place, as `$WORKSPACE/.git/hooks`", "patterns"
+        ),
+        "kill": Key(_PATHS, "as `deny`, and the agent is killed at once", "patterns"),
+    },
+    "exec": {
+        "allow": Key(
+            _list(_program),
+            "programs that may be executed: names, paths, globs, sets; "
+            "`PATH#sha256:HEX` only with that content",
+            "programs",
+        ),
+        "deny": Key(_list(_program), "programs that may not be executed", "programs"),
+    },
+    "network": {
+        "mode": Key(
+            _choice([m.value for m in model.NetMode], model.NetMode),
+            "`none`: loopback only; `guarded`: own namespace, rules at the socket and the wire; "
+            "`host`: the host's network, rules at the socket",
+            "string",
+        ),
+        "allow": Key(_list(_destination), "destinations: `HOST[:PORT[-PORT]][/tcp|/udp]`", "rules"),
+        "listen": Key(
+            _list(_listening), "addresses to listen on: `loopback`, `*:PORT`, `ADDR:PORT`", "rules"
+        ),
+        "resolvers": Key(
+            _list(_resolver), "DNS servers to ask, `ADDR[:PORT]`; default: the host's", "list"
+        ),
+    },
+    "limits": {
+        "memory": Key(_number(_memory), "bytes, as `2G`", "size"),
+        "swap": Key(_SIZE, "bytes of swap on top of memory", "size"),
+        "cpus": Key(_number(units.cores), "CPU cores, as `1.5`", "number"),
+        "pids": Key(_number(units.count), "processes and threads", "count"),
+        "timeout": Key(_TIME, "the agent is asked to end, then killed", "time"),
+        "io_read": Key(_SIZE, "bytes per second read from the workspace's disk", "size"),
+        "io_write": Key(_SIZE, "bytes per second written to the workspace's disk", "size"),
+        "scratch": Key(_SIZE, "bytes of the throw-away layer over the root", "size"),
+    },
+    "defcon": {
+        "thresholds": Key(
+            _thresholds, "violations at which levels 4, 3, 2 and 1 begin", "4 numbers"
+        ),
+        "delays": Key(_delays, "how late denials are answered at levels 4, 3 and 2", "3 times"),
+        "decay": Key(_TIME, "the count halves after this long without a violation", "time"),
+        "weights": Key(_weights, "violations one event counts as, by kind", "table"),
+        "act": Key(_flag, "false: count and report only", "true or false"),
+    },
+    "liveness": {
+        "on_loss": Key(
+            _choice([m.value for m in model.OnLoss], model.OnLoss),
+            "what happens when the supervisor is lost: `closed` kills the agent",
+            "string",
+        ),
+        "deadline": Key(_TIME, "silence after which the supervisor counts as lost", "time"),
+        "beat": Key(_TIME, "how often the supervisor proves that it is alive", "time"),
+        "canary": Key(_TIME, "how often a forbidden act is tried inside, to see it denied", "time"),
+        "on_starved": Key(
+            _choice(["log", "defcon", "freeze", "kill"], str),
+            "what to do when the supervisor gets no CPU",
+            "string",
+        ),
+    },
+    "counters": {
+        "events": Key(
+            _list(_choice(EVENTS, str)), "performance counters: " + ", ".join(EVENTS), "list"
+        ),
+    },
+    "env": {
+        "pass": Key(_list(str), "names of variables the agent inherits from the caller", "list"),
+    },
+    "mode": {
+        "enforce": Key(
+            _flag, "false: deny nothing, record what would have been denied", "true or false"
+        ),
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A file and its text, to say in which line a key stands."""
+
+    path: str
+    text: str
+
+    def line(self, keys: Sequence[str]) -> int:
+        """The line of a key, or of its section if the key is written in an unusual way."""
+        *sections, last = keys
+        wanted = ".".join(sections)
+        current, best = "", 1
+        for number, line in enumerate(self.text.splitlines(), 1):
+            stripped = line.strip()
+            if header := re.match(r"\[+\s*([^\]#]+?)\s*\]", stripped):
+                current = re.sub(r"[\"'\s]", "", header[1])
+                if current == wanted:
+                    best = number
+                continue
+            left = re.sub(r"[\"'\s]", "", stripped.partition("=")[0])
+            full = f"{current}.{left}" if current else left
+            if full == ".".join(keys) or (left == last and current == wanted):
+                return number
+        return best
+
+    def error(self, keys: Sequence[str], message: str, hint: str = "") -> ProfileError:
+        """``file:line: section.key: message``."""
+        return ProfileError(
+            f"{self.path}:{self.line(keys)}: {'.'.join(keys)}: {message}", hint=hint
+        )
+
+
+def check(data: Mapping[str, Any], place: Place) -> None:
+    """Raise ProfileError for the first key or value that is wrong."""
+    for name, value in data.items():
+        if name in SECTIONS[""]:
+            _check_value((name,), SECTIONS[""][name], value, place)
+        elif name not in SECTIONS or not name:
+            raise place.error((name,), "unknown key", _nearest(name, [*SECTIONS, *SECTIONS[""]]))
+        elif not isinstance(value, dict):
+            raise place.error((name,), "must be a section", f"write [{name}]")
+        else:
+            for key, inner in value.items():
+                if key not in SECTIONS[name]:
+                    hint = _nearest(key, list(SECTIONS[name]))
+                    raise place.error((name, key), "unknown key", hint)
+                _check_value((name, key), SECTIONS[name][key], inner, place)
+    liveness = data.get("liveness", {})
+    if {"deadline", "beat"} <= set(liveness):
+        read = SECTIONS["liveness"]["beat"].read
+        if read(liveness["deadline"]) < 2 * read(liveness["beat"]):
+            raise place.error(
+                ("liveness", "deadline"),
+                "shorter than two beats: one late beat would end the agent",
+            )
+
+
+def _check_value(keys: tuple[str, ...], key: Key, value: Any, place: Place) -> None:
+    try:
+        key.read(value)
+    except UsageError as error:
+        raise place.error(keys, error.message, error.hint) from None
+    except (ValueError, OverflowError) as error:
+        raise place.error(keys, f"cannot be read: {error}") from None
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, [one for one in known if one], 1)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(filter(None, known))}"
+
+
+def build(data: Mapping[str, Any], *, name: str, source: str) -> model.Profile:
+    """Checked and merged values → Profile."""
+    read = {
+        section: {key: SECTIONS[section][key].read(value) for key, value in values.items()}
+        for section, values in data.items()
+        if isinstance(values, dict)
+    }
+    return model.Profile(
+        name=name,
+        source=source,
+        description=str(data.get("description", "")),
+        require=read.get("require", {}).get("guarantees", frozenset()),
+        files=model.Files(**read.get("files", {})),
+        exec=model.Exec(**read.get("exec", {})),
+        network=model.Network(**read.get("network", {})),
+        limits=model.Limits(**read.get("limits", {})),
+        defcon=model.Defcon(**read.get("defcon", {})),
+        liveness=model.Liveness(**read.get("liveness", {})),
+        counters=read.get("counters", {}).get("events", ()),
+        env=read.get("env", {}).get("pass", ()),
+        enforce=read.get("mode", {}).get("enforce", True),
+    )
+
+
+def render(profile: model.Profile) -> str:
+    """Profile → TOML that builds the same Profile."""
+    lines = [f"# {profile.name}", f"description = {_toml(profile.description)}"]
+    sections: dict[str, dict[str, Any]] = {
+        "require": {"guarantees": sorted(profile.require)},
+        **{
+            part: {f.name: getattr(value, f.name) for f in fields(value)}
+            for part, value in (
+                ("files", profile.files),
+                ("exec", profile.exec),
+                ("network", profile.network),
+                ("limits", profile.limits),
+                ("defcon", profile.defcon),
+                ("liveness", profile.liveness),
+            )
+        },
+        "counters": {"events": profile.counters},
+        "env": {"pass": profile.env},
+        "mode": {"enforce": profile.enforce},
+    }
+    for section, values in sections.items():
+        shown = {key: value for key, value in values.items() if value is not None}
+        weights = shown.pop("weights", None)
+        lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in shown.items())]
+        if weights:
+            lines += [f"[{section}.weights]", *(f"{_toml(k)} = {v}" for k, v in weights.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        import json
+
+        return json.dumps(str(value), ensure_ascii=False)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
+def reference() -> str:
+    """docs/profile-reference.md."""
+    defaults = {
+        section: {
+            field.name: field.default for field in fields(kind) if field.default is not MISSING
+        }
+        for section, kind in (
+            ("files", model.Files),
+            ("exec", model.Exec),
+            ("network", model.Network),
+            ("limits", model.Limits),
+            ("defcon", model.Defcon),
+            ("liveness", model.Liveness),
+        )
+    }
+    lines = [
+        "# Profile reference",
+        "",
+        "Generated by `python -m mis_run.schema`; a test keeps it so.",
+        "",
+        "A profile is a TOML file. `mis-run --profile NAME` looks in `~/.config/mis/profiles`,",
+        "`/etc/mis/profiles` and among the built-in ones; `--profile ./file.toml` takes a path.",
+        "With `extends`, single values override, and a list replaces the inherited one unless it",
+        'contains `"..."`, which stands for the inherited entries.',
+        "",
+        "Patterns are absolute paths or globs (`*` within one name, `**` across), `~`, `$HOME`,",
+        "`$WORKSPACE`, or a set `@name`. Sizes are `512M`, `2G`; times `100ms`, `30s`, `10m`, `2h`.",
+    ]
+    for section, keys in SECTIONS.items():
+        lines += ["", f"## [{section}]" if section else "## Top level", ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for name, key in keys.items():
+            default = defaults.get(section, {}).get(name)
+            shown = "" if default is None else f"`{_toml(default)}`"
+            meaning = key.meaning.replace("|", "\\|")
+            lines.append(f"| `{name}` | {key.kind} | {shown} | {meaning} |")
+    lines += ["", "## Sets", "", "| set | meaning | patterns |", "|---|---|---|"]
+    for name, one in SETS.items():
+        patterns = " ".join(f"`{pattern}`" for pattern in one.patterns)
+        lines.append(f"| `@{name}` | {one.description} | {patterns} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
