@@ -1,7 +1,8 @@
 """Plan → OCI runtime configuration (config.json). Pure: nothing is looked up or made here.
 
 What a container is (namespaces, mounts, masks, capabilities, limits) is decided in this one file;
-`runtime` runs it.  docs/decisions/user-mapping.md argues the user and the capabilities.
+`runtime` runs it.  docs/decisions/user-mapping.md argues the user and the capabilities,
+container-rootfs.md what lies where.  Fields: OCI runtime specification 1.0.2.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mis_run.model import Limits, Plan
 
 LIFELINE = 3  # the shim's descriptor, see shim/init.c
-SHIM = "/run/mis/init"
+INFO = "/run/mis"  # what the agent is told about itself, and the shim
+SHIM = f"{INFO}/init"
 
 # What root inside may do: own and change files, drop to other users, signal its own children.
 # No CAP_NET_*, SYS_*, MKNOD, SETPCAP, SYS_CHROOT: nothing that reaches the kernel or the host.
@@ -24,16 +26,21 @@ ROOT_CAPABILITIES = (
     *("CAP_SETGID", "CAP_SETUID"),
 )
 
-# As runc's and moby's defaults: what in /proc and /sys tells of the host or acts on it.
+# As runc's and moby's defaults, and what tells of the host's other users and hardware.
 MASKED_PATHS = (
     *("/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats"),
     *("/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi"),
     *("/proc/kallsyms", "/proc/kmsg", "/proc/sysrq-trigger", "/proc/interrupts"),
+    *("/proc/key-users", "/proc/modules", "/proc/kpagecount", "/proc/kpageflags"),
     *("/sys/firmware", "/sys/devices/virtual/powercap", "/sys/kernel"),
 )
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys")
 
 PERIOD = 100_000  # microseconds, the kernel's default CFS period
+SHORTEST = 1_000  # microseconds, the kernel's smallest quota
+SHM = 256 << 20  # bytes of /dev/shm; they count as the agent's memory
+FILES = 65536  # descriptors the agent may ask for, where we may give as many
+QUIET = ("nosuid", "nodev")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +48,17 @@ class Inside:
     """What the launch already made, as the configuration needs to name it."""
 
     root: Path  # merged root file system
-    netns: str | None  # path of a network namespace; None: the host's
+    netns: str | None  # path of a network namespace; None: the host's; "": a new empty one
     cgroups_path: str
     shim: Path
-    files: Path  # folder with resolv.conf, hosts and hostname for the agent
+    info: Path  # folder shown read-only at INFO; holds an empty file ``init`` for the shim
     seccomp: Mapping[str, Any]
-    hidden: Sequence[tuple[str, bool]]  # (path inside, is a directory)
+    hidden: Sequence[tuple[str, bool]] = ()  # (path inside a bind, is a folder)
+    protected: Sequence[str] = ()  # existing paths to make read-only inside writable binds
     extra: Sequence[str] = ()  # separate file systems of the host shown read-only
     swap: bool = True  # whether the kernel accounts swap for a cgroup
+    device: str | None = None  # MAJOR:MINOR of the disk that holds the workspace
+    files: int = FILES  # our own hard limit of descriptors: raising it takes CAP_SYS_RESOURCE
     listener: Path | None = None  # where the runtime sends the seccomp-notify descriptor
 
 
@@ -56,14 +66,15 @@ def config(plan: Plan, inside: Inside) -> dict[str, Any]:
     """The whole config.json."""
     user = plan.user
     capabilities = list(ROOT_CAPABILITIES) if user.uid == 0 else []
-    sets = ("bounding", "effective", "permitted", "inheritable")
     seccomp = dict(inside.seccomp)
     if inside.listener is not None:
         seccomp["listenerPath"] = str(inside.listener)
     kinds = ["pid", "ipc", "uts", "mount", "cgroup"]
     namespaces: list[dict[str, str]] = [{"type": kind} for kind in kinds]
     if inside.netns is not None:
-        namespaces.append({"type": "network", "path": inside.netns})
+        path = {"path": inside.netns} if inside.netns else {}
+        namespaces.append({"type": "network", **path})
+    files = min(FILES, inside.files)
     return {
         "ociVersion": "1.0.2",
         "hostname": "agent",
@@ -74,19 +85,18 @@ def config(plan: Plan, inside: Inside) -> dict[str, Any]:
             "env": [f"{name}={value}" for name, value in plan.env],
             "cwd": str(plan.cwd),
             "noNewPrivileges": True,
-            "capabilities": {name: capabilities for name in sets if name != "inheritable"},
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
             "rlimits": [
                 {"type": "RLIMIT_CORE", "hard": 0, "soft": 0},
-                {"type": "RLIMIT_NOFILE", "hard": 65536, "soft": 4096},
+                {"type": "RLIMIT_NOFILE", "hard": files, "soft": min(4096, files)},
             ],
-            "oomScoreAdj": 500,
         },
         "root": {"path": str(inside.root)},
         "mounts": mounts(plan, inside),
         "linux": {
             "namespaces": namespaces,
             "cgroupsPath": inside.cgroups_path,
-            "resources": resources(plan.limits, swap=inside.swap),
+            "resources": resources(plan.limits, swap=inside.swap, device=inside.device),
             "seccomp": seccomp,
             "maskedPaths": list(MASKED_PATHS),
             "readonlyPaths": list(READONLY_PATHS),
@@ -96,62 +106,75 @@ def config(plan: Plan, inside: Inside) -> dict[str, Any]:
 
 def mounts(plan: Plan, inside: Inside) -> list[dict[str, Any]]:
     """Every mount, in an order in which later ones may lie inside earlier ones."""
+    quiet = (*QUIET, "noexec")
+    pts = ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620")
     found = [
-        _mount("/proc", "proc", "proc", "nosuid", "noexec", "nodev"),
-        _tmpfs("/dev", "mode=755", "size=64k", "noexec"),
-        _mount(
-            "/dev/pts",
-            "devpts",
-            "devpts",
-            "nosuid",
-            "noexec",
-            "newinstance",
-            "ptmxmode=0666",
-            "mode=0620",
-        ),
-        _tmpfs("/dev/shm", "mode=1777", "size=256m", "noexec", "nodev"),
-        _mount("/dev/mqueue", "mqueue", "mqueue", "nosuid", "noexec", "nodev"),
-        _mount("/sys", "sysfs", "sysfs", "nosuid", "noexec", "nodev", "ro"),
-        _tmpfs("/run", "mode=755", "size=16m", "nodev"),
-        _tmpfs("/tmp", "mode=1777", "nodev"),
-        _tmpfs("/var/tmp", "mode=1777", "nodev"),
+        _mount("/proc", "proc", "proc", *quiet),
+        _mount("/dev", "tmpfs", "tmpfs", "nosuid", "noexec", "mode=755", "size=64k"),
+        _mount("/dev/pts", "devpts", "devpts", *pts),
+        _mount("/dev/shm", "tmpfs", "tmpfs", *quiet, "mode=1777", f"size={SHM}"),
+        _mount("/dev/mqueue", "mqueue", "mqueue", *quiet),
+        _mount("/sys", "sysfs", "sysfs", *quiet, "ro"),
     ]
-    found += [_bind(path, path, "ro", "nosuid", "nodev", "rbind") for path in inside.extra]
-    # Hidden folders first: the workspace may lie inside one.
-    for path, is_folder in inside.hidden:
-        if path == plan.user.home:
-            continue
-        if is_folder:
-            found.append(_tmpfs(path, "mode=755", "size=4m", "nodev"))
-        else:
-            found.append(_bind("/dev/null", path, "ro", "bind"))
-    if plan.user.home not in ("/", "/nonexistent"):
-        # An empty home of its own: programs expect one, and the real one is not the agent's.
-        owner = (f"uid={plan.user.uid}", f"gid={plan.user.gid}")
-        found.append(_tmpfs(plan.user.home, "mode=700", *owner, "nodev"))
-    found.append(_bind(inside.shim, SHIM, "ro", "nosuid", "nodev", "bind"))
-    for name in ("resolv.conf", "hosts", "hostname"):
-        found.append(_bind(inside.files / name, f"/etc/{name}", "ro", "bind"))
-    found.append(_bind(plan.cwd, plan.cwd, "rw", "nosuid", "nodev", "rbind"))
-    for bind in plan.binds:
-        mode = "ro" if bind.readonly else "rw"
-        found.append(_bind(bind.source, bind.target, mode, "nosuid", "nodev", "rbind"))
-    found += [_bind(path, path, "ro", "nosuid", "nodev", "bind") for path in plan.protected]
+    if plan.host.cgroup == "v2":
+        # Programs read their own limits here; in hybrid mode it would be a dozen mounts.
+        found.append(_mount("/sys/fs/cgroup", "cgroup", "cgroup", *quiet, "ro"))
+    layers = [_bind(path, path, "ro", nested=False) for path in inside.extra]
+    layers.append(_bind(plan.cwd, plan.cwd, "rw"))
+    layers += [
+        _bind(bind.source, bind.target, "ro" if bind.readonly else "rw") for bind in plan.binds
+    ]
+    layers += [_cover(path, is_folder) for path, is_folder in inside.hidden]
+    # What lies higher is mounted first, else it would cover what lies inside it.
+    layers.sort(key=lambda mount: len(PurePosixPath(mount["destination"]).parts))
+    found += layers
+    found += [_bind(path, path, mode) for path, mode in _pinned(plan, inside.protected)]
+    found.append(_bind(inside.info, INFO, "ro", nested=False))
+    found.append(_bind(inside.shim, SHIM, "ro", nested=False))
     return found
 
 
-def resources(limits: Limits, *, swap: bool) -> dict[str, Any]:
+def _pinned(plan: Plan, protected: Sequence[str]) -> list[tuple[str, str]]:
+    """(path, mode) of the protected paths and of every folder between them and their bind.
+
+    A folder above a mount can be renamed, and a new one made in its place; one that is itself a
+    mount cannot (EBUSY, rename(2)).  So each folder on the way is mounted on itself.
+    """
+    targets = [str(plan.cwd), *(str(bind.target) for bind in plan.binds)]
+    found: dict[str, str] = {}
+    for path in protected:
+        for parent in PurePosixPath(path).parents:
+            if str(parent) in targets:
+                break
+            found.setdefault(str(parent), "rw")
+        found[path] = "ro"
+    return sorted(found.items(), key=lambda item: len(PurePosixPath(item[0]).parts))
+
+
+def resources(limits: Limits, *, swap: bool, device: str | None = None) -> dict[str, Any]:
     """OCI ``linux.resources``; the runtime writes them into v1 or v2 files."""
-    found: dict[str, Any] = {}
+    # The runtime adds the harmless devices (null, zero, full, random, urandom, tty, pts) itself.
+    found: dict[str, Any] = {"devices": [{"allow": False, "access": "rwm"}]}
     if limits.memory is not None:
         found["memory"] = {"limit": limits.memory}
         if limits.swap is not None and swap:
             found["memory"]["swap"] = limits.memory + limits.swap
     if limits.cpus is not None:
-        found["cpu"] = {"quota": max(1000, int(limits.cpus * PERIOD)), "period": PERIOD}
+        quota = max(SHORTEST, int(limits.cpus * PERIOD))
+        found["cpu"] = {"quota": quota, "period": PERIOD}
     if limits.pids is not None:
         # The shim is one process too, and not the agent's.
         found["pids"] = {"limit": limits.pids + 1}
+    if device is not None and (limits.io_read or limits.io_write):
+        major, minor = map(int, device.split(":"))
+        found["blockIO"] = {
+            name: [{"major": major, "minor": minor, "rate": rate}]
+            for name, rate in (
+                ("throttleReadBpsDevice", limits.io_read),
+                ("throttleWriteBpsDevice", limits.io_write),
+            )
+            if rate
+        }
     return found
 
 
@@ -159,10 +182,14 @@ def _mount(target: str, kind: str, source: str, *options: str) -> dict[str, Any]
     return {"destination": target, "type": kind, "source": source, "options": list(options)}
 
 
-def _tmpfs(target: str, *options: str) -> dict[str, Any]:
-    return _mount(target, "tmpfs", "tmpfs", "nosuid", *options)
+def _cover(path: str, is_folder: bool) -> dict[str, Any]:
+    if is_folder:
+        return _mount(path, "tmpfs", "tmpfs", *QUIET, "noexec", "ro", "mode=755", "size=4k")
+    return _bind("/dev/null", path, "ro", nested=False)
 
 
-def _bind(source: Path | str, target: Path | str, *options: str) -> dict[str, Any]:
-    kind = "bind" if "bind" in options or "rbind" in options else "none"
-    return _mount(os.fspath(target), kind, os.fspath(source), *options)
+def _bind(
+    source: Path | str, target: Path | str, mode: str, *, nested: bool = True
+) -> dict[str, Any]:
+    kind = "rbind" if nested else "bind"
+    return _mount(os.fspath(target), "bind", os.fspath(source), kind, mode, *QUIET)

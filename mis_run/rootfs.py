@@ -1,5 +1,7 @@
 """The agent's root: the host's (or ``--rootfs``) read-only, under a layer that is thrown away.
 
+What the agent must not see is covered in the upper layer before the overlay exists: an opaque
+folder or an empty file there replaces the host's own, with no mount that could be missed.
 All mounts are made in a mount namespace of the supervisor's own (`isolate`), so they are invisible
 to the host and end with the last process that uses them, even after a SIGKILL.
 Out of scope: what is mounted inside the container (`bundle`).
@@ -7,21 +9,31 @@ Out of scope: what is mounted inside the container (`bundle`).
 
 from __future__ import annotations
 
-import glob
 import os
-import stat
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mis_run import masks
 from mis_run.errors import SetupError
 from mis_run.linux import libc
-from mis_run.model import Finding, Host, Plan
+from mis_run.model import Finding, Host, Plan, User
 
 # File systems that hold programs and data; the rest (proc, sysfs, bpf …) is the container's own.
 REAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "squashfs"})
-REAL |= {"erofs", "virtiofs", "9p", "nfs4", "bcachefs"}
-USABLE = ("/usr", "/opt", "/nix", "/gnu", "/snap", "/bin", "/sbin", "/lib", "/lib64", "/var/lib")
+REAL |= {"erofs", "virtiofs", "9p", "nfs", "nfs4", "bcachefs", "fuseblk"}
+# Trees an agent needs when they are file systems of their own. Never homes, /boot or /mnt; of
+# /var only itself, since below it container engines keep other people's roots mounted.
+WHOLE_TREES = ("/usr", "/opt", "/nix", "/gnu", "/bin", "/sbin", "/lib", "/lib64", "/lib32")
+ALONE = ("/var", "/etc")
+FRESH = {"/run": 0o755, "/tmp": 0o1777, "/var/tmp": 0o1777}
+"""Folders that start empty: the host's hold sockets and other people's files."""
+# Homes that system users have in passwd(5) and that are no homes.
+NO_HOMES = frozenset(
+    {"/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/nonexistent", "/opt", "/proc", "/run"}
+    | {"/sbin", "/srv", "/sys", "/tmp", "/usr", "/usr/bin", "/usr/sbin", "/var", "/var/lib"}
+)
 DEFAULT_LAYER = 1 << 30  # bytes of the throw-away layer when the profile gives no size
 
 
@@ -30,7 +42,8 @@ def supported() -> Finding:
     if "\toverlay\n" in Path("/proc/filesystems").read_text():
         return Finding(True, "overlay file system")
     # A module that is not loaded yet is listed nowhere; mount(2) loads it.
-    if glob.glob(f"/lib/modules/{os.uname().release}/kernel/fs/overlayfs/overlay.ko*"):
+    module = Path(f"/lib/modules/{os.uname().release}/kernel/fs/overlayfs")
+    if any(module.glob("overlay.ko*")):
         return Finding(True, "overlay file system (as a module)")
     return Finding(False, "this kernel has no overlay file system", "modprobe overlay")
 
@@ -46,32 +59,38 @@ def isolate() -> None:
     except OSError as error:
         raise SetupError(
             f"cannot make a mount namespace: {error.strerror}",
-            hint="inside a container, mis-run needs --privileged or CAP_SYS_ADMIN",
+            hint="run as root; inside a container that takes --privileged (CAP_SYS_ADMIN)",
         ) from error
 
 
 @contextmanager
-def mount(plan: Plan, folder: Path) -> Iterator[Path]:
-    """The merged root in ``folder``; unmounted on the way out. Raises SetupError."""
+def mount(plan: Plan, folder: Path, etc: Mapping[str, str]) -> Iterator[Path]:
+    """The merged root, made below ``folder``; unmounted on the way out.
+
+    ``etc`` are files of the agent's own ``/etc`` (``resolv.conf``, ``hosts``, ``hostname``).
+    The layer holds at most ``limits.scratch`` bytes.  Raises SetupError.
+    """
     layer, merged = folder / "layer", folder / "root"
     layer.mkdir()
     merged.mkdir()
     lower = plan.rootfs or Path("/")
-    size = plan.limits.scratch or DEFAULT_LAYER
+    size = f"size={plan.limits.scratch or DEFAULT_LAYER},mode=700"
     try:
-        libc.mount("tmpfs", str(layer), "tmpfs", libc.MS_NOSUID | libc.MS_NODEV, f"size={size}")
+        libc.mount("tmpfs", str(layer), "tmpfs", libc.MS_NOSUID | libc.MS_NODEV, size)
     except OSError as error:
         raise SetupError(f"cannot mount the throw-away layer: {error.strerror}") from error
     try:
-        (layer / "upper").mkdir(mode=0o755)
         (layer / "work").mkdir()
+        try:
+            prepare(Layer(lower, layer / "upper"), plan, etc)
+        except OSError as error:
+            raise SetupError(f"cannot prepare the throw-away layer: {error}") from error
         data = f"lowerdir={_escape(lower)},upperdir={layer}/upper,workdir={layer}/work"
         try:
-            libc.mount("overlay", str(merged), "overlay", libc.MS_NODEV, data)
+            libc.mount("overlay", str(merged), "overlay", libc.MS_NODEV | libc.MS_NOSUID, data)
         except OSError as error:
             raise SetupError(
-                f"cannot lay an overlay over {lower}: {error.strerror}",
-                hint="some file systems cannot be a lower layer: try --rootfs DIR on another one",
+                f"cannot lay an overlay over {lower}: {error.strerror}", hint=_why_not(lower)
             ) from error
         try:
             yield merged
@@ -81,44 +100,138 @@ def mount(plan: Plan, folder: Path) -> Iterator[Path]:
         libc.umount(str(layer), libc.MNT_DETACH)
 
 
+def _why_not(lower: Path) -> str:
+    if not lower.is_dir():
+        return "--rootfs must name a folder with a root file system"
+    return (
+        "see `dmesg | tail`; an overlay may lie on at most one other overlay, and some file "
+        "systems cannot be a lower layer: try --rootfs DIR on ext4, xfs or btrfs"
+    )
+
+
 def _escape(path: Path) -> str:
     r"""Overlay's options split at ``,`` and ``:``; a backslash keeps them (overlayfs.rst)."""
-    text = str(path)
+    text = os.fspath(path)
     for character in ("\\", ",", ":"):
         text = text.replace(character, f"\\{character}")
     return text
 
 
+class Layer:
+    """The upper layer while it is being written, before it is part of an overlay."""
+
+    def __init__(self, lower: Path, upper: Path) -> None:
+        self.lower = "" if lower == Path("/") else os.fspath(lower)
+        self.upper = os.fspath(upper)
+        Path(upper).mkdir()
+        shutil.copystat(lower, upper)
+
+    def _parents(self, path: str) -> None:
+        """The folders above ``path`` with the owner and mode of those they lie over."""
+        for parent in list(Path(path).parents)[-2::-1]:
+            above, below = f"{self.upper}{parent}", f"{self.lower}{parent}"
+            if os.path.lexists(above):
+                continue
+            Path(above).mkdir()
+            if Path(below).is_dir():
+                facts = Path(below).stat()
+                os.chown(above, facts.st_uid, facts.st_gid)
+                shutil.copystat(below, above)
+
+    def folder(self, path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
+        """An empty folder in place of what is at ``path``, whatever that is."""
+        path = masks.resolve(self.lower, path)
+        self._parents(path)
+        here = Path(f"{self.upper}{path}")
+        here.mkdir(exist_ok=True)
+        # Opaque: overlayfs does not merge it with the lower folder (overlayfs.rst).
+        os.setxattr(here, "trusted.overlay.opaque", b"y")
+        os.chown(here, uid, gid)
+        here.chmod(mode)
+
+    def file(self, path: str, text: str = "") -> None:
+        """A file with this text in place of what is at ``path``; links there are replaced."""
+        folder, _, name = path.rpartition("/")
+        path = f"{masks.resolve(self.lower, folder).rstrip('/')}/{name}"
+        self._parents(path)
+        here = Path(f"{self.upper}{path}")
+        here.write_text(text)
+        here.chmod(0o444)
+
+
+def prepare(layer: Layer, plan: Plan, etc: Mapping[str, str]) -> None:
+    """Write everything into the upper layer that the agent finds instead of the host's."""
+    for path, is_folder in masks.find_all(layer.lower, (*plan.masked, *masks.sockets())).items():
+        if is_folder:
+            layer.folder(path, 0o755)
+        else:
+            layer.file(path)
+    for path, mode in FRESH.items():
+        layer.folder(path, mode)
+    if has_home(plan.user):
+        layer.folder(plan.user.home, 0o700, plan.user.uid, plan.user.gid)
+    for name, text in etc.items():
+        layer.file(f"/etc/{name}", text)
+
+
+def has_home(user: User) -> bool:
+    """Whether the user's home gets an empty folder: programs expect one, and the real one is not
+    the agent's.  Some system users have ``/usr/sbin`` or ``/`` there; those stay as they are."""
+    return user.home.startswith("/") and user.home.rstrip("/") not in NO_HOMES | {""}
+
+
+def etc_files(resolvers: Sequence[str], hosts: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The agent's ``resolv.conf`` (``resolvers``: addresses), ``hosts`` (name → address; localhost
+    is always there) and ``hostname``, for `mount`."""
+    names = {"localhost": "127.0.0.1", "agent": "127.0.1.1", **(hosts or {})}
+    lines = [f"{address}\t{name}" for name, address in names.items()]
+    lines.append("::1\tlocalhost ip6-localhost ip6-loopback")
+    return {
+        "resolv.conf": "".join(f"nameserver {address}\n" for address in resolvers),
+        "hosts": "\n".join(lines) + "\n",
+        "hostname": "agent\n",
+    }
+
+
 def separate(host: Host) -> list[str]:
     """Host file systems that an overlay of ``/`` does not show, and that agents need."""
-    return [
-        point
-        for point, kind in host.mounts
-        if kind in REAL and any(Path(point).is_relative_to(usable) for usable in USABLE)
-    ]
+    found: dict[str, None] = {}
+    for point, kind in host.mounts:
+        whole = any(Path(point).is_relative_to(tree) for tree in WHOLE_TREES)
+        if kind in REAL and (whole or point in ALONE):
+            found[point] = None  # mounted over twice: shown once
+    return list(found)
 
 
-def hidden(root: Path, patterns: Sequence[str]) -> list[tuple[str, bool]]:
-    """(path inside, is a folder) of everything under ``root`` that the patterns name.
+def hidden(plan: Plan) -> list[tuple[str, bool]]:
+    """(path, is a folder) of what must be covered by mounts: masked paths inside binds.
 
-    A symlink is not followed: what it points to has its own name, and is hidden by that.
-    Entries below an already hidden folder are left out.
+    The throw-away layer covers everything else (`prepare`).
     """
+    binds = {str(plan.cwd): str(plan.cwd)} | {str(b.target): str(b.source) for b in plan.binds}
+    if plan.rootfs is None:
+        binds |= {point: point for point in separate(plan.host)}
     found: dict[str, bool] = {}
-    for pattern in patterns:
-        # `dir/**` hides the folder itself.
-        pattern = pattern.removesuffix("/**").removesuffix("/*").rstrip("/")
-        if not pattern.startswith("/"):
-            continue
-        for match in glob.iglob(f"{root}{pattern}", recursive=False, include_hidden=True):
-            mode = os.lstat(match).st_mode
-            inside = match[len(str(root)) :]
-            if stat.S_ISDIR(mode):
-                found[inside] = True
-            elif stat.S_ISREG(mode) or stat.S_ISSOCK(mode):
-                found[inside] = False
-    return [
-        (path, is_folder)
-        for path, is_folder in sorted(found.items())
-        if not any(found.get(str(parent)) for parent in Path(path).parents)
-    ]
+    for target, source in binds.items():
+        if Path(source).is_dir():
+            found |= masks.inside(source, target, plan.masked)
+    return sorted((path, folder) for path, folder in found.items() if path not in binds)
+
+
+def protected(plan: Plan) -> list[str]:
+    """Those of ``plan.protected`` that exist and lie inside a writable bind.
+
+    What does not exist cannot be mounted over without making it in the user's workspace; a link
+    is left out because a mount would land on what it points to.
+    """
+    writable = {str(plan.cwd): str(plan.cwd)}
+    writable |= {str(b.target): str(b.source) for b in plan.binds if not b.readonly}
+    found = []
+    for target, source in writable.items():
+        for path in plan.protected:
+            if not Path(path).is_relative_to(target) or path == target:
+                continue
+            inside = f"{source.rstrip('/')}/{Path(path).relative_to(target)}"
+            if masks.resolve("", inside) == inside and os.path.lexists(inside):
+                found.append(path)
+    return sorted(set(found))

@@ -1,29 +1,39 @@
 """The OCI runtime (runc or crun): find it, create a held container, start it, see it gone.
 
 ``create`` leaves the container waiting before its first instruction; guards go into that gap.
-Out of scope: what the container is (`bundle`), its cgroup's removal (`cgroup`).
+Out of scope: what the container is (`bundle`), talking to it (`box`), its cgroup (`cgroup`).
 """
 
 from __future__ import annotations
 
-import array
 import json
 import os
 import shutil
 import signal
 import socket
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mis_run.box import Box as Box
+from mis_run.box import ended
 from mis_run.bundle import LIFELINE
-from mis_run.errors import NotExecutable, NotFound, SetupError
+from mis_run.errors import GuardLost, SetupError
 from mis_run.linux import libc
 from mis_run.linux.spawn import spawn
 from mis_run.model import Finding
+
+CREATE = 30.0  # seconds a runtime may take to create a container on a loaded machine
+HINTS = {
+    "read-only file system": "are we in a container? it needs --privileged and writable cgroups",
+    "operation not permitted": "run as root; inside a container that takes --privileged",
+    "seccomp": "the runtime must be built with seccomp, and the kernel have CONFIG_SECCOMP_FILTER",
+    "cgroup": "mis doctor shows which cgroups can be used",
+    "mkdir": "a bind needs a place: its target lies in a read-only part of the container",
+}
+"""What a runtime's words point to, more telling parts first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,92 +64,6 @@ def find(cgroup: str) -> Chosen:
 def subreaper() -> None:
     """Become the parent of containers whose runtime has exited (PR_SET_CHILD_SUBREAPER)."""
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
-
-
-class Box:
-    """A container that exists. ``turn`` runs the supervisor's loop once while we wait for it."""
-
-    def __init__(self, runtime: list[str], run_id: str, pid: int, lifeline: socket.socket) -> None:
-        self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
-        self.lifeline = lifeline
-        self.pty: int | None = None
-        self.seccomp_fd: int | None = None
-        self.turn: Callable[[], None] | None = None
-        self._runtime = runtime
-        self._id = run_id
-        self._unread: list[tuple[str, int]] = []
-
-    def start(self) -> None:
-        """Run the shim. Raises SetupError."""
-        _runtime([*self._runtime, "start", self._id], "start")
-
-    def probe(self, act: str) -> int:
-        """Have the shim try ``act``; the errno it met, 0 when it succeeded."""
-        return self._request(f"probe {act}", "probed")
-
-    def hold(self, *fds: int) -> None:
-        """Give the shim copies of ``fds`` to keep open for as long as it lives."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        self._request("hold", "held", rights)
-
-    def on_loss(self, what: str) -> None:
-        """Tell the shim what the end of the lifeline means: ``open`` or ``closed``."""
-        self._request(f"onloss {what}", "ok")
-
-    def go(self, command: str) -> None:
-        """Execute the agent. Raises NotFound or NotExecutable as a shell would tell them apart."""
-        error = self._request("go", "started", failed="failed")
-        if error == 2:
-            raise NotFound(f"{command}: not found in the container", hint="is it in PATH?")
-        if error:
-            raise NotExecutable(f"{command}: {os.strerror(error)}")
-
-    def signal(self, number: int) -> None:
-        """Send a signal to the agent's process group."""
-        with suppress(OSError):  # it has just ended
-            self.lifeline.send(f"signal {int(number)}".encode())
-
-    def fileno(self) -> int:
-        """The lifeline, readable when the shim reports."""
-        return self.lifeline.fileno()
-
-    def read(self) -> list[tuple[str, int]]:
-        """All reports so far: ``("exit", code)``, ``("killed", signal)``, ``("closed", 0)``."""
-        found, self._unread = self._unread, []
-        while True:
-            try:
-                data = self.lifeline.recv(256, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return found
-            except ConnectionError:
-                data = b""
-            if not data:
-                return [*found, ("closed", 0)]
-            found.append(_parse(data))
-
-    def _request(
-        self, text: str, expected: str, rights: list[Any] | None = None, failed: str = ""
-    ) -> int:
-        try:
-            self.lifeline.sendmsg([text.encode()], rights or [])
-        except OSError as error:
-            raise SetupError(f"the container's init is gone: {error.strerror}") from error
-        while True:
-            for report in self.read():
-                if report[0] in (expected, failed):
-                    return report[1]
-                if report[0] == "closed":
-                    raise SetupError(f"the container's init ended during: {text}")
-                self._unread.append(report)
-            if self.turn is None:
-                raise SetupError("the container is not followed by a loop")
-            self.turn()
-
-
-def _parse(data: bytes) -> tuple[str, int]:
-    word, _, value = data.decode("ascii", "replace").partition(" ")
-    return word, int(value) if value.lstrip("-").isdigit() else 0
 
 
 @contextmanager
@@ -182,22 +106,27 @@ def _create(argv: list[str], lifeline: socket.socket, folder: Path) -> None:
 
     It dies with us: a runtime orphaned by our SIGKILL would finish a container nobody owns.
     """
-    fds = {0: 0, 1: 1, 2: 2, LIFELINE: lifeline.fileno()}
+    with open(os.devnull, "r+b") as nothing:
+        # Not our stdin, stdout and stderr: runc makes the agent's user their owner
+        # (fixStdioPermissions), which would change files on the host.  `Box.go` hands them over.
+        fds = {number: nothing.fileno() for number in range(3)} | {LIFELINE: lifeline.fileno()}
+        try:
+            pid = spawn(argv, fds, die_with_us=True)
+        except OSError as error:
+            words = f"cannot run {argv[0]}: {error.strerror}"
+            raise SetupError(words, hint="mis doctor") from error
+    pidfd = os.pidfd_open(pid)
     try:
-        pid = spawn(argv, fds, die_with_us=True)
-    except OSError as error:
-        raise SetupError(f"cannot run {argv[0]}: {error.strerror}", hint="mis doctor") from error
+        if not ended(pidfd, CREATE):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise SetupError(f"{argv[0]} create did not finish in {CREATE:g} s", hint="mis doctor")
+    finally:
+        os.close(pidfd)
     _, status = os.waitpid(pid, 0)
     if status:
-        raise SetupError(
-            f"{argv[0]} create failed: {_words(folder / 'oci.log')}", hint="mis doctor"
-        )
-
-
-def _runtime(argv: list[str], what: str) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
-    if done.returncode:
-        raise SetupError(f"{argv[0]} {what} failed: {done.stderr.strip()[-300:]}")
+        words = _words(folder / "oci.log")
+        raise SetupError(f"{argv[0]} create failed: {words}", hint=_hint(words))
 
 
 def _words(log: Path) -> str:
@@ -210,6 +139,14 @@ def _words(log: Path) -> str:
                 if entry["level"] in ("error", "fatal"):
                     words = str(entry["msg"])
     return words[-400:]
+
+
+def _hint(words: str) -> str:
+    """The next step for what runtimes commonly say."""
+    for part, hint in HINTS.items():
+        if part in words:
+            return hint
+    return "mis doctor"
 
 
 def _listen(stack: ExitStack, path: Path) -> socket.socket:
@@ -238,9 +175,16 @@ def _receive(listener: socket.socket) -> int:
 
 
 def _end(box: Box) -> None:
-    """Kill the container's init (the kernel takes its pid namespace along) and reap it."""
+    """Kill the container's init (the kernel takes its pid namespace along) and reap it.
+
+    Raises GuardLost when it does not end: something of the agent may then still run.
+    """
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(box.pidfd, signal.SIGKILL)
-    with suppress(ChildProcessError):
-        os.waitid(os.P_PIDFD, box.pidfd, os.WEXITED)
-    os.close(box.pidfd)
+    try:
+        if not box.wait():
+            raise GuardLost(f"the container's init (pid {box.pid}) does not die", hint="mis gc")
+        with suppress(ChildProcessError):  # not ours when we are no subreaper
+            os.waitid(os.P_PIDFD, box.pidfd, os.WEXITED)
+    finally:
+        os.close(box.pidfd)

@@ -11,16 +11,21 @@
  * in the pid namespace (pid_namespaces(7)).
  *
  * The agent runs with the same credentials.  What protects this process from it: not dumpable (no
- * ptrace, no /proc/1/mem: ptrace(2), PR_SET_DUMPABLE(2const)), and pid 1 gets no signal from inside
- * its namespace that it has no handler for, SIGKILL included.
+ * ptrace, no /proc/1/mem: ptrace(2), PR_SET_DUMPABLE(2const)), and the kernel drops every signal to
+ * pid 1 from inside its namespace that it has not asked for, SIGKILL and SIGSTOP included.
  *
- * Requests (one datagram each) and answers:
+ * Requests (one datagram each, fields separated by one space) and answers:
  *   probe ACT ARGS...   probed ERRNO        0: the act succeeded
- *   hold + SCM_RIGHTS   held                keeps descriptors open for as long as we live
- *   onloss open|closed  ok                  whether the end of the lifeline ends us
- *   go                  started | failed ERRNO
- *   signal N            (none)
- * and at the end of the agent, unasked: exit CODE | killed SIGNO.
+ *   hold + descriptors  held COUNT          keeps them open for as long as we live
+ *   onloss open|closed  ok 0                whether the end of the lifeline ends us
+ *   go [+ descriptors]  started PID | failed ERRNO STEP
+ *                                           three descriptors become the agent's 0, 1 and 2; else
+ *                                           it has ours
+ *   signal N            (none)              to the agent's process group
+ * and unasked: stopped SIGNO (job control), and at the end: exit CODE | killed SIGNO.
+ *
+ * Exit code: the agent's, 128 + SIGNO, 127 or 126 when it could not be executed, 137 when the
+ * lifeline ended, 125 when we were started wrongly.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -39,17 +44,22 @@
 #include <unistd.h>
 
 #define MESSAGE 4096
-#define MOST_ARGS 8
+#define MOST_ARGS 10
+#define MOST_FDS 32
+#define OOM_SCORE "500" /* of the agent: under memory pressure it goes first, and we go last */
 
 static int lifeline;
 static pid_t agent;
 static int open_on_loss;
 static char **command;
 
-static void answer(const char *word, int value)
+static const int forwarded[] = { SIGHUP,  SIGINT,   SIGQUIT, SIGTERM, SIGUSR1,
+				 SIGUSR2, SIGWINCH, SIGCONT, 0 };
+
+static void answer(const char *word, int value, const char *more)
 {
 	char text[64];
-	int length = snprintf(text, sizeof(text), "%s %d", word, value);
+	int length = snprintf(text, sizeof(text), "%s %d%s", word, value, more);
 
 	/* A supervisor that is gone is noticed by poll, not here. */
 	(void)!send(lifeline, text, length, MSG_NOSIGNAL);
@@ -95,10 +105,22 @@ static int network_act(const char *act, char **args)
 	return result;
 }
 
-/* exec PATH in a child; 0 when it was executed at all, whatever it did then. */
+/* The errno that a child wrote before its end, 0 when its exec closed the pipe instead. */
+static int exec_error(int report[2])
+{
+	int error = 0;
+
+	close(report[1]);
+	if (read(report[0], &error, sizeof(error)) <= 0)
+		error = 0;
+	close(report[0]);
+	return error;
+}
+
+/* exec PATH in a child, which is killed at once if that succeeds. */
 static int exec_act(char *path)
 {
-	int report[2], error = 0;
+	int report[2], error;
 	pid_t child;
 
 	if (pipe2(report, O_CLOEXEC))
@@ -112,14 +134,12 @@ static int exec_act(char *path)
 		(void)!write(report[1], &error, sizeof(error));
 		_exit(0);
 	}
-	close(report[1]);
-	if (child < 0)
-		error = errno;
-	else if (read(report[0], &error, sizeof(error)) <= 0)
-		error = 0;
-	close(report[0]);
-	if (child > 0)
+	error = child < 0 ? errno : 0;
+	error = exec_error(report) ?: error;
+	if (child > 0) {
+		kill(child, SIGKILL);
 		waitpid(child, NULL, 0);
+	}
 	return error;
 }
 
@@ -130,15 +150,11 @@ static int probe(const char *act, char **args, int count)
 
 	if (!strcmp(act, "connect") || !strcmp(act, "send") || !strcmp(act, "bind"))
 		return count == 4 ? network_act(act, args) : EINVAL;
-	if (!strcmp(act, "socket") && count == 3) {
-		fd = socket(atoi(args[0]), atoi(args[1]), atoi(args[2]));
-		if (fd < 0)
-			return errno;
-		close(fd);
-		return 0;
-	}
-	if (!strcmp(act, "open") && count == 2) {
-		fd = open(args[1], atoi(args[0]) | O_CLOEXEC | O_NONBLOCK);
+	if ((!strcmp(act, "socket") && count == 3) || (!strcmp(act, "open") && count == 2)) {
+		if (act[0] == 's')
+			fd = socket(atoi(args[0]), atoi(args[1]) | SOCK_CLOEXEC, atoi(args[2]));
+		else
+			fd = open(args[1], strtol(args[0], NULL, 0) | O_CLOEXEC | O_NONBLOCK, 0600);
 		if (fd < 0)
 			return errno;
 		close(fd);
@@ -146,8 +162,8 @@ static int probe(const char *act, char **args, int count)
 	}
 	if (!strcmp(act, "exec") && count == 1)
 		return exec_act(args[0]);
-	if (!strcmp(act, "syscall") && count >= 1) {
-		for (int n = 1; n < count && n <= 6; n++)
+	if (!strcmp(act, "syscall") && count >= 1 && count <= 7) {
+		for (int n = 1; n < count; n++)
 			values[n - 1] = strtol(args[n], NULL, 0);
 		return syscall(strtol(args[0], NULL, 0), values[0], values[1], values[2], values[3],
 			       values[4], values[5]) < 0 ? errno : 0;
@@ -155,76 +171,110 @@ static int probe(const char *act, char **args, int count)
 	return ENOTSUP;
 }
 
-/* Fork and execute the agent; returns 0 or the errno of what failed. */
-static int go(void)
+/* In the agent's process: everything that was ours is given back, then it is executed. */
+static int become(const int *fds, int count)
 {
-	int report[2], error = 0;
 	sigset_t none;
+	int fd;
 
+	close(lifeline);
+	for (int n = 0; n < count; n++)
+		if (dup2(fds[n], n) < 0)
+			return errno;
+	/* A group of its own, in the foreground of the terminal if that is ours. SIGTTOU is blocked. */
+	setpgid(0, 0);
+	if (isatty(STDIN_FILENO))
+		tcsetpgrp(STDIN_FILENO, getpid());
+	/*
+	 * Raising one's own score needs no privilege, but /proc/self is root's while not dumpable.
+	 * It fails where the score is higher already, which is as good.
+	 */
+	prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
+	fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+	if (fd >= 0) {
+		(void)!write(fd, OOM_SCORE, strlen(OOM_SCORE));
+		close(fd);
+	}
+	for (int n = 1; n < NSIG; n++)
+		signal(n, SIG_DFL);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	execvp(command[0], command);
+	return errno;
+}
+
+/* Fork and execute the agent, with these descriptors if there are three; 0 or an errno. */
+static int go(const int *fds, int count)
+{
+	int report[2], error;
+
+	if (count != 0 && count != 3)
+		return EINVAL;
 	if (pipe2(report, O_CLOEXEC))
 		return errno;
 	agent = fork();
-	if (agent < 0)
-		return errno;
 	if (agent == 0) {
-		/* A group of its own, in the foreground of the terminal if there is one. */
-		setpgid(0, 0);
-		if (isatty(STDIN_FILENO))
-			tcsetpgrp(STDIN_FILENO, getpid());
-		sigemptyset(&none);
-		sigprocmask(SIG_SETMASK, &none, NULL);
-		for (int n = 1; n < NSIG; n++)
-			signal(n, SIG_DFL);
-		execvp(command[0], command);
-		error = errno;
+		error = become(fds, count);
 		(void)!write(report[1], &error, sizeof(error));
-		_exit(error == ENOENT ? 127 : 126);
+		_exit(error == ENOENT || error == ENOTDIR ? 127 : 126);
 	}
-	close(report[1]);
-	if (read(report[0], &error, sizeof(error)) <= 0)
-		error = 0;
-	close(report[0]);
-	return error;
+	error = agent < 0 ? errno : 0;
+	return exec_error(report) ?: error;
+}
+
+/* Split at single spaces; the path that ends an open or exec act keeps its own. */
+static int split(char *text, char **args)
+{
+	int count = 0, most = MOST_ARGS;
+
+	while (count < most && text) {
+		if (count == most - 1) {
+			args[count++] = text;
+			break;
+		}
+		args[count++] = strsep(&text, " ");
+		if (count == 2 && !strcmp(args[0], "probe"))
+			most = !strcmp(args[1], "open") ? 4 : !strcmp(args[1], "exec") ? 3 : most;
+	}
+	return count;
 }
 
 static void request(void)
 {
-	char text[MESSAGE + 1], control[CMSG_SPACE(16 * sizeof(int))], *args[MOST_ARGS], *rest = text;
+	char text[MESSAGE + 1], control[CMSG_SPACE(MOST_FDS * sizeof(int))], *args[MOST_ARGS];
 	struct iovec part = { text, MESSAGE };
 	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = control,
 				  .msg_controllen = sizeof(control) };
 	ssize_t length = recvmsg(lifeline, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-	int count = 0, error;
+	struct cmsghdr *header = length > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+	int fds[MOST_FDS], many = 0, keep = 0, count, error;
 
 	if (length <= 0)
 		return;
-	text[length] = 0;
-	/* The last field may contain spaces only where a path is one: it is then the last of its act. */
-	while (count < MOST_ARGS && (args[count] = strsep(&rest, " "))) {
-		count++;
-		if (count == 3 && !strcmp(args[0], "probe") && !strcmp(args[1], "open") && rest) {
-			args[count++] = rest;
-			break;
-		}
-		if (count == 2 && !strcmp(args[0], "probe") && !strcmp(args[1], "exec") && rest) {
-			args[count++] = rest;
-			break;
-		}
+	if (header && header->cmsg_type == SCM_RIGHTS) {
+		many = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+		memcpy(fds, CMSG_DATA(header), many * sizeof(int));
 	}
+	text[length] = 0;
+	count = split(text, args);
 	if (!strcmp(args[0], "probe") && count >= 2) {
-		answer("probed", probe(args[1], args + 2, count - 2));
+		answer("probed", probe(args[1], args + 2, count - 2), "");
 	} else if (!strcmp(args[0], "hold")) {
-		answer("held", 0); /* received descriptors simply stay open */
+		keep = 1;
+		answer("held", many, "");
 	} else if (!strcmp(args[0], "onloss") && count == 2) {
 		open_on_loss = !strcmp(args[1], "open");
-		answer("ok", 0);
+		answer("ok", 0, "");
 	} else if (!strcmp(args[0], "go") && !agent) {
-		error = go();
-		answer(error ? "failed" : "started", error);
+		error = go(fds, many);
+		answer(error ? "failed" : "started", error ?: agent, error ? " exec" : "");
 	} else if (!strcmp(args[0], "signal") && count == 2 && agent > 0) {
-		/* The whole foreground group, as a terminal would. */
-		kill(-agent, atoi(args[1]));
+		/* The whole group, as a terminal would; the agent may have left it by setsid. */
+		if (kill(-agent, atoi(args[1])))
+			kill(agent, atoi(args[1]));
 	}
+	while (!keep && many > 0)
+		close(fds[--many]);
 }
 
 /* Reap whatever ended; when it was the agent, report and end with its code. */
@@ -233,16 +283,30 @@ static void reap(void)
 	int status;
 	pid_t pid;
 
-	while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+	while ((pid = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0) {
 		if (pid != agent)
 			continue;
+		if (WIFSTOPPED(status)) {
+			answer("stopped", WSTOPSIG(status), "");
+			continue;
+		}
 		if (WIFEXITED(status)) {
-			answer("exit", WEXITSTATUS(status));
+			answer("exit", WEXITSTATUS(status), "");
 			_exit(WEXITSTATUS(status));
 		}
-		answer("killed", WTERMSIG(status));
+		answer("killed", WTERMSIG(status), "");
 		_exit(128 + WTERMSIG(status));
 	}
+}
+
+/* A signal to us: of the kernel (a child, the terminal), of the host, or of the agent itself. */
+static void received(int number)
+{
+	if (number == SIGCHLD)
+		reap();
+	for (int n = 0; forwarded[n] && agent > 0; n++)
+		if (forwarded[n] == number)
+			kill(-agent, number);
 }
 
 int main(int argc, char **argv)
@@ -263,21 +327,19 @@ int main(int argc, char **argv)
 	watched[0] = (struct pollfd){ .fd = lifeline, .events = POLLIN };
 	watched[1] = (struct pollfd){ .fd = signalfd(-1, &all, SFD_CLOEXEC | SFD_NONBLOCK),
 				      .events = POLLIN };
+	if (watched[1].fd < 0)
+		return 125;
 	for (;;) {
 		if (poll(watched, 2, -1) < 0 && errno != EINTR)
 			return 125;
 		if (watched[0].revents & POLLIN)
 			request();
-		else if (watched[0].revents & (POLLHUP | POLLERR)) {
+		if (watched[0].revents & (POLLHUP | POLLERR)) {
 			if (!open_on_loss)
 				_exit(137);
 			watched[0].fd = -1;
 		}
-		while (read(watched[1].fd, &info, sizeof(info)) == sizeof(info)) {
-			if (info.ssi_signo == SIGCHLD)
-				reap();
-			else if (agent > 0)
-				kill(-agent, info.ssi_signo);
-		}
+		while (read(watched[1].fd, &info, sizeof(info)) == sizeof(info))
+			received(info.ssi_signo);
 	}
 }

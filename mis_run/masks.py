@@ -1,0 +1,122 @@
+"""What of the host an agent must not see: patterns → paths that exist, found without being led out.
+
+Every lookup treats ``root`` as ``/``: a link in it never leads to the host's own files.  Patterns
+are plain paths with ``*``, ``?`` and ``[]`` within one component; a trailing ``/**`` means the
+folder itself.  Patterns with ``**`` elsewhere, or without a leading ``/``, are the file guard's.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+MOST_LINKS = 40  # as the kernel's own limit, path_resolution(7)
+LISTENING = "00010000"  # __SO_ACCEPTCON in the Flags column of /proc/net/unix, proc_net(5)
+
+
+def resolve(root: str, path: str) -> str:
+    """``path`` with every link followed inside ``root``; what does not exist is kept as written.
+
+    The result starts with ``/`` and is relative to ``root``.  Raises OSError (ELOOP) for a circle.
+    """
+    left = [part for part in path.split("/") if part and part != "."][::-1]
+    at: list[str] = []
+    links = 0
+    while left:
+        part = left.pop()
+        if part == "..":
+            at[-1:] = []
+            continue
+        try:
+            link = os.fspath(Path("/".join([root.rstrip("/"), *at, part])).readlink())
+        except OSError:  # EINVAL: no link; ENOENT, ENOTDIR: nothing there
+            at.append(part)
+            continue
+        links += 1
+        if links > MOST_LINKS:
+            raise OSError(40, os.strerror(40), path)
+        if link.startswith("/"):
+            at = []
+        left += [piece for piece in link.split("/") if piece and piece != "."][::-1]
+    return "/" + "/".join(at)
+
+
+def normal(pattern: str) -> str | None:
+    """The pattern without its trailing ``/**``; None when it is not one that can be masked."""
+    while pattern.endswith(("/**", "/")) and pattern != "/":
+        pattern = pattern.removesuffix("/**").rstrip("/")
+    return pattern if pattern.startswith("/") and "**" not in pattern else None
+
+
+def find(root: str, pattern: str) -> set[str]:
+    """Everything in ``root`` that a `normal` pattern names, links followed; never ``/`` itself."""
+    places = {"/"}
+    for part in pattern.strip("/").split("/"):
+        found: set[str] = set()
+        for place in places:
+            names = [part]
+            if any(sign in part for sign in "*?["):
+                names = fnmatch.filter(_names(f"{root}{place}"), part)
+            for name in names:
+                try:
+                    path = resolve(root, f"{place}/{name}")
+                    os.lstat(f"{root}{path}")
+                except OSError:
+                    continue  # not there: nothing to hide
+                found.add(path)
+        places = found
+    return places - {"/"}
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return [entry.name for entry in os.scandir(folder)]
+    except OSError:  # no folder
+        return []
+
+
+def find_all(root: str, patterns: Iterable[str]) -> dict[str, bool]:
+    """path → whether it is a folder, without what lies below another found folder."""
+    found: dict[str, bool] = {}
+    for text in patterns:
+        if pattern := normal(text):
+            for path in find(root, pattern):
+                found[path] = stat.S_ISDIR(os.lstat(f"{root}{path}").st_mode)
+    return {path: folder for path, folder in found.items() if not _below(path, found)}
+
+
+def _below(path: str, found: dict[str, bool]) -> bool:
+    return any(found.get(str(parent)) for parent in Path(path).parents)
+
+
+def inside(source: str, target: str, patterns: Sequence[str]) -> dict[str, bool]:
+    """As `find_all`, for a bind of ``source`` at ``target``: only what lies inside the bind.
+
+    What is bound was named by the user, so a pattern that covers all of it does not hide it.
+    """
+    where = target.strip("/").split("/")
+    wanted = []
+    for text in patterns:
+        parts = (normal(text) or "/").strip("/").split("/")
+        head, rest = parts[: len(where)], parts[len(where) :]
+        if rest and all(map(fnmatch.fnmatchcase, where, head)):
+            wanted.append("/" + "/".join(rest))
+    return {f"{target.rstrip('/')}{path}": kind for path, kind in find_all(source, wanted).items()}
+
+
+def sockets(table: Path = Path("/proc/net/unix")) -> list[str]:
+    """Paths at which programs of the host listen: a file system shared with them is a way in."""
+    found = []
+    for line in _lines(table):
+        fields = line.split(None, 7)
+        if len(fields) == 8 and fields[3] == LISTENING and fields[7].startswith("/"):
+            found.append(fields[7])
+    return found
+
+
+def _lines(table: Path) -> Iterator[str]:
+    with table.open(encoding="utf-8", errors="surrogateescape") as lines:
+        yield from lines
