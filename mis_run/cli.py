@@ -35,7 +35,7 @@ its profile allows.  Exit code: the agent's own (128+N for signal N); 2 wrong us
 See also: mis ps, mis top, mis logs, mis doctor, mis profile list."""
 
 
-class _Unit(click.ParamType):
+class _Unit(click.ParamType[Any]):
     """A click type over one of `units`' parsers."""
 
     def __init__(self, name: str, parse: Any) -> None:

@@ -7,17 +7,20 @@ the agent is gone.
 from __future__ import annotations
 
 import signal
+import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from mis_run.cgroup import Cgroup
 from mis_run.defcon import Tracker
 from mis_run.errors import Emergency, GuardLost, TimedOut, UsageError
-from mis_run.events import Event
-from mis_run.guards.counters import Counters
+from mis_run.events import Event, Guarantee
 from mis_run.jsonable import plain
+from mis_run.liveness import Watchdog
 from mis_run.model import Plan
 from mis_run.report import Record
 from mis_run.runtime import Box
@@ -58,7 +61,7 @@ class Follower:
         box: Box,
         guards: Mapping[str, Guard],
         tracker: Tracker,
-        counters: Counters | None,
+        counters: Any,
     ) -> None:
         self.loop = loop
         self.plan = plan
@@ -72,19 +75,37 @@ class Follower:
         self.started = time.monotonic()
         self._forced: Ending | None = None  # why we killed it, known before it is dead
         self._interrupts = 0
-        self._paused = False
+        self._mail: list[Event] = []
+        self._mailbox, self._doorbell = socket.socketpair()
+        self._mailbox.setblocking(False)
+        self._doorbell.setblocking(False)
+        self.on_resize: Callable[[], None] = lambda: None
 
     # ---- what comes in --------------------------------------------------------------------
 
-    def watch(self) -> None:
+    def watch(self, dog: Watchdog) -> None:
         """Register everything with the loop and arm the timers."""
+        dog.start(self._unwatched, self._dog_says)
+        self.loop.add(self._mailbox.fileno(), self._take_mail)
         for guard in self.guards.values():
-            self.loop.add(guard.fileno(), lambda guard=guard: self.emit(guard.read()))
-        self.loop.add(self.box.fileno(), self._from_shim)
-        self.loop.add(self.box.pidfd, self._gone)
+            self.loop.add(guard.fileno(), partial(self._serve, guard))
         self.loop.every(LIMITS_EVERY, lambda: self.emit(self.cgroup.poll_events()))
         if timeout := self.plan.limits.timeout:
             self.loop.after(timeout, self._timed_out)
+
+    def _serve(self, guard: Guard) -> None:
+        self.emit(guard.read())
+
+    def go(self) -> None:
+        """Execute the agent. Guards answer meanwhile: its first acts may come before our reply."""
+        self.box.turn = lambda: self.loop.turn(1.0)
+        self.loop.add(self.box.fileno(), lambda: None)
+        self.box.go(self.plan.command[0], None if self.plan.tty else (0, 1, 2))
+        self.loop.remove(self.box.fileno())
+        self.started = time.monotonic()
+        self.loop.add(self.box.fileno(), self._from_shim)
+        self.loop.add(self.box.pidfd, self._gone)
+        self._from_shim()  # a short agent has ended before we looked
 
     def emit(self, events: Iterable[Event]) -> None:
         """Record events and let violations count; DEFCON 1 ends the run."""
@@ -99,14 +120,35 @@ class Follower:
             if change.level == 1:
                 self.kill(Ending("DEFCON 1: killed for its violations", Emergency.exit_code))
 
+    def emit_soon(self, event: Event) -> None:
+        """`emit` from another thread."""
+        self._mail.append(event)
+        with suppress(BlockingIOError):  # enough rings are waiting
+            self._doorbell.send(b"x")
+
+    def _take_mail(self) -> None:
+        self._mailbox.recv(4096)
+        mail, self._mail = self._mail, []
+        self.emit(mail)
+
     def signal(self, number: int) -> None:
         """A signal that mis-run got: passed on, except that the second SIGINT kills."""
+        if number == signal.SIGWINCH:
+            self.on_resize()
+            return
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
                 self.kill(Ending("killed after a second interrupt", 128 + signal.SIGKILL))
                 return
         self.box.signal(number)
+
+    def _unwatched(self) -> None:
+        """The watchdog died. Closed: without it a hung supervisor would go unnoticed."""
+        self.kill(Ending("killed: its watchdog died", GuardLost.exit_code))
+
+    def _dog_says(self, words: str) -> None:
+        self.record.write(Event(kind=f"watchdog.{words}", guard=Guarantee.LIVENESS))
 
     def _from_shim(self) -> None:
         for kind, value in self.box.read():

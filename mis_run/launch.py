@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 from mis_run import (
+    bundle,
     cgroup,
     control,
-    defcon,
     gc,
+    interior,
+    liveness,
+    names,
     network,
     report,
     rootfs,
@@ -26,13 +29,12 @@ from mis_run import (
     supervise,
     terminal,
 )
-from mis_run.errors import VerifyError
+from mis_run.defcon import Tracker
+from mis_run.errors import MisError
 from mis_run.events import Event
 from mis_run.follow import Ending, Follower
-from mis_run.guards import counters, escape, net
-from mis_run.jsonable import plain
-from mis_run.model import NetMode, Plan
-from mis_run.names import Names
+from mis_run.guards import net
+from mis_run.model import Plan
 
 
 class Steps:
@@ -57,11 +59,17 @@ def run(plan: Plan, *, quiet: bool = False) -> int:
     rootfs.isolate()
     runtime.subreaper()
     gc.sweep()
-    with ExitStack() as stack:
-        run_dir = stack.enter_context(state.create(plan.name))
-        record = stack.enter_context(report.open_record(run_dir.id, plan.log))
+    with (
+        state.create(plan.name) as run_dir,
+        report.open_record(run_dir.id, plan.log) as record,
+    ):
         steps = Steps()
-        ending, facts = _launch(plan, run_dir, record, steps)
+        try:
+            ending, facts = _launch(plan, run_dir, record, steps)
+        except MisError as error:
+            record.write(Event(kind="run.failed", subject={"message": error.message}))
+            raise
+        steps.done("teardown")
         facts = {"ending": ending.how, "code": ending.code, **facts, "setup": steps.seconds}
         record.write(Event(kind="run.exit", subject=facts))
         _tell(plan, record, facts, quiet=quiet)
@@ -71,34 +79,90 @@ def run(plan: Plan, *, quiet: bool = False) -> int:
 def _launch(
     plan: Plan, run_dir: state.RunDir, record: report.Record, steps: Steps
 ) -> tuple[Ending, dict[str, Any]]:
+    """Everything in its order; the ExitStack undoes it in reverse, wherever it stops."""
+    enforce = plan.profile.enforce
     with ExitStack() as stack:
         on = stack.enter_context
         loop = on(supervise.loop())
         group = on(cgroup.create(run_dir.id, plan.host))
         steps.done("cgroup")
-        guard = on(net.attach(group.unified, plan.network, enforce=plan.profile.enforce))
+        net_guard = on(net.attach(group.unified, plan.network, enforce=enforce))
         steps.done("net guard")
         link = on(network.create(plan.network, run_dir.id))
-        guard.attach_xdp(link)
+        if link and link.interface:
+            net_guard.attach_xdp(link.ifindex, link.address4, link.address6)
+        netns = link.netns if link else None
         steps.done("network")
-        root = on(rootfs.mount(plan, run_dir.path))
+        root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
         steps.done("rootfs")
-        box = on(runtime.create(plan, run_dir.path, root=root, link=link, cgroup=group))
+        config = bundle.config(plan, interior.describe(plan, run_dir.path, root, link, group))
+        box = on(
+            runtime.create(config, runtime=plan.runtime(), run_id=run_dir.id, folder=run_dir.path)
+        )
+        group.adopt(box.pid)
         steps.done("container")
-        cages = {"net": guard, "escape": on(escape.attach(box.seccomp_fd))}
-        counted = on(counters.attach(group.unified, plan.profile.counters))
-        steps.done("guards")
-        box.start()  # our shim only: the agent waits for `go`
+        box.start()
         steps.done("shim")
-        for one in cages.values():
-            one.verify(box.probe)
+        guards = {"net": net_guard}
+        box.turn = lambda: loop.turn(1.0)
+        loop.add(box.fileno(), lambda: None)
+        net_guard.verify(box.probe, netns)
+        loop.remove(box.fileno())
         steps.done("verified")
-        follower = Follower(loop, plan, record, group, box, cages, counted)
-        on(supervise.signals(loop, follower.signal))
+        follower = Follower(
+            loop=loop,
+            plan=plan,
+            record=record,
+            cgroup=group,
+            box=box,
+            guards=guards,
+            tracker=Tracker(plan.profile.defcon),
+            counters=None,
+        )
+        on(names.serve_plan(plan.network, netns, net_guard.update, follower.emit_soon))
         on(control.serve(loop, run_dir.path / "control.sock", follower.request))
-        on(terminal.relay(loop, box.pty))
-        box.go()
+        dog = on(
+            liveness.arm(
+                loop,
+                plan.profile.liveness,
+                run_id=run_dir.id,
+                cgroup=group.unified,
+                lifeline=box.lifeline,
+                record=record.fileno(),
+            )
+        )
+        steps.done("watchdog")
+        on(supervise.signals(loop, follower.signal))
+        follower.on_resize = on(terminal.relay(loop, box.pty))
+        follower.watch(dog)
+        run_dir.note(phase="running", pid=box.pid, **_facts(plan, record))
+        record.write(Event(kind="run.start", subject=_facts(plan, record)))
+        follower.go()
         steps.done("agent")
-        follower.watch()
         loop.until(lambda: follower.ending is not None)
+        assert follower.ending is not None
         return follower.ending, follower.measurements()
+
+
+def _facts(plan: Plan, record: report.Record) -> dict[str, Any]:
+    """What the state file and the ``run.start`` event say of a run."""
+    return {
+        "began": time.time(),
+        "command": list(plan.command),
+        "profile": plan.profile.name,
+        "user": plan.user.name,
+        "workdir": str(plan.cwd),
+        "network": plan.network.mode.value,
+        "mechanisms": [m.name for m in plan.mechanisms if m.finding.ok],
+        "waived": sorted(plan.waived),
+        "record": str(record.path) if record.path else None,
+    }
+
+
+def _tell(plan: Plan, record: report.Record, facts: dict[str, Any], *, quiet: bool) -> None:
+    """The summary on stderr: always JSON when asked for, else unless quiet and uneventful."""
+    if plan.json_report:
+        print(json.dumps({"run": record.run_id, **facts}, default=str), file=sys.stderr)
+    elif not quiet or record.violations:
+        for line in report.summary(facts, record):
+            print(f"mis-run: {line}", file=sys.stderr)

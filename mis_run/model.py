@@ -244,6 +244,11 @@ class Plan:
     json_report: bool = False
     waived: frozenset[Guarantee] = frozenset()
 
+    def runtime(self) -> Path:
+        """The OCI runtime; `plan.check` has refused a plan without one."""
+        assert self.host.runtime is not None
+        return self.host.runtime
+
     def json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         from mis_run.jsonable import plain

@@ -27,6 +27,7 @@ from mis_run import rules
 from mis_run.errors import SetupError, UsageError
 from mis_run.events import Event, Guarantee, Verdict
 from mis_run.linux import libc
+from mis_run.model import NetMode, NetPlan
 
 TTL_FLOOR, TTL_CEILING = 5.0, 3600.0  # seconds
 GRACE = 60.0  # seconds an address stays allowed after it left the answer, at least
@@ -315,7 +316,7 @@ def resolve(
     import dns.rcode
     import dns.rdatatype
 
-    if local := _from_hosts(text):
+    if local := from_hosts(text):
         return local, 60.0
     found: list[str] = []
     ttl = TTL_CEILING
@@ -340,7 +341,8 @@ def resolve(
     return tuple(dict.fromkeys(found)), ttl if found else TTL_FLOOR
 
 
-def _from_hosts(text: str) -> tuple[str, ...]:
+def from_hosts(text: str) -> tuple[str, ...]:
+    """Addresses of a name in /etc/hosts."""
     found = []
     with suppress(OSError):
         for line in HOSTS.read_text(errors="replace").splitlines():
@@ -406,7 +408,7 @@ def _inside(netns: int) -> list[socket.socket]:
 def serve(
     names: Sequence[str],
     *,
-    netns: int,
+    netns: int | None,
     resolvers: Sequence[str],
     own_addresses: Sequence[str],
     ipv6: bool,
@@ -418,7 +420,7 @@ def serve(
     denied = [rules.key(ipaddress.ip_network(prefix)) for prefix in prefixes]
     served = Names(
         names,
-        sockets=_inside(netns),
+        sockets=_inside(netns) if netns is not None else (),
         resolvers=upstream(resolvers),
         denied=denied,
         ipv6=ipv6,
@@ -430,6 +432,33 @@ def serve(
         yield served
     finally:
         served.close()
+
+
+@contextmanager
+def serve_plan(
+    plan: NetPlan,
+    netns: int | None,
+    on_change: Callable[[Resolved], None],
+    on_event: Callable[[Event], None],
+) -> Iterator[None]:
+    """`serve` what a plan needs: a resolver in the agent's namespace, or only fresh addresses.
+
+    In host mode (no ``netns``) the agent asks the host's resolver, which a rule must allow.
+    """
+    wanted = of(plan.allow)
+    if plan.mode is NetMode.NONE or (netns is None and not wanted):
+        yield
+        return
+    with serve(
+        wanted,
+        netns=netns,
+        resolvers=plan.resolvers,
+        own_addresses=plan.host_addresses,
+        ipv6=plan.ipv6 or plan.mode is NetMode.HOST,
+        on_change=on_change,
+        on_event=on_event,
+    ):
+        yield
 
 
 def of(plan_rules: Sequence[str]) -> tuple[str, ...]:

@@ -50,6 +50,12 @@ class Record:
         self._written += self._out.write(line)
         self._out.flush()
 
+    def fileno(self) -> int:
+        """The record's descriptor, for the watchdog to append to; /dev/null without a record."""
+        if self._out is None:
+            self._out = Path(os.devnull).open("w")  # noqa: SIM115 - closed with the record
+        return self._out.fileno()
+
     @property
     def violations(self) -> int:
         """Acts denied or, in audit mode, allowed against the rules."""

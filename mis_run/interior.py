@@ -1,0 +1,68 @@
+"""What the container's configuration needs to know of this run and this machine.
+
+Between the pure `bundle` and the machine: looks at limits and devices, makes the folder that the
+agent reads its own rules in.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+from mis_run import bundle, names, rootfs, rules, seccomp
+from mis_run.build import built
+from mis_run.cgroup import Cgroup
+from mis_run.model import NetMode, Plan
+from mis_run.network import Link
+
+MEMSW = Path("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes")
+
+
+def etc(plan: Plan) -> dict[str, str]:
+    """The agent's own files of /etc.
+
+    In a namespace of its own the agent asks our resolver; on the host's network, the host's.
+    """
+    if plan.network.mode is NetMode.HOST:
+        resolvers = [address for address, _ in names.upstream(())]
+    else:
+        resolvers = ["127.0.0.1"]
+    return rootfs.etc_files(resolvers, _static_hosts(plan))
+
+
+def describe(
+    plan: Plan, folder: Path, root: Path, link: Link | None, group: Cgroup
+) -> bundle.Inside:
+    """Everything `bundle.config` needs beside the plan. ``folder`` is the run's own."""
+    info = folder / "info"
+    info.mkdir(mode=0o755)
+    (info / "init").touch()
+    v1_memory = plan.host.controllers.get("memory")
+    workspace = plan.cwd.stat()
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return bundle.Inside(
+        root=root,
+        netns=link.path if link else None,
+        cgroups_path=group.oci_path,
+        shim=built("mis-init"),
+        info=info,
+        seccomp=seccomp.profile(),
+        hidden=rootfs.hidden(plan),
+        protected=rootfs.protected(plan),
+        extra=rootfs.separate(plan.host) if plan.rootfs is None else (),
+        # cgroup v1 kernels booted with swapaccount=0 refuse memory.memsw.
+        swap=v1_memory is None or v1_memory == plan.host.unified or MEMSW.exists(),
+        device=f"{os.major(workspace.st_dev)}:{os.minor(workspace.st_dev)}",
+        files=files if files != resource.RLIM_INFINITY else bundle.FILES,
+    )
+
+
+def _static_hosts(plan: Plan) -> dict[str, str]:
+    """Names of the host's /etc/hosts that rules allow, for programs that read only that file."""
+    found: dict[str, str] = {}
+    for text in plan.network.allow:
+        name = rules.parse(text).name
+        for address in names.from_hosts(name) if name else ():
+            found.setdefault(name or "", address)
+    return found
