@@ -230,7 +230,10 @@ class Follower:
     # ---- what is known --------------------------------------------------------------------
 
     def measurements(self) -> dict[str, Any]:
-        """Usage, counters and network numbers as of now."""
+        """Usage, counters and network numbers as of now, with every event up to now recorded."""
+        for guard in self.guards.values():
+            self.emit(guard.read())
+        self.emit(self.cgroup.poll_events())
         facts: dict[str, Any] = {
             "seconds": round(time.monotonic() - self.started, 3),
             "usage": plain(self.cgroup.usage()),

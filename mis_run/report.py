@@ -146,10 +146,10 @@ def summary(facts: Mapping[str, Any], record: Record) -> list[str]:
             f"network: {net['allowed']} allowed, {net['denied']} denied, "
             f"{size(net.get('bytes_out'))} out"
         )
-    if facts.get("oom_kills"):
-        lines.append(f"memory limit: {facts['oom_kills']} process(es) killed by the kernel")
-    if facts.get("pids_denied"):
-        lines.append(f"process limit: {facts['pids_denied']} fork(s) refused")
+    if usage.get("oom_kills"):
+        lines.append(f"memory limit: {usage['oom_kills']} process(es) killed by the kernel")
+    if usage.get("pids_denied"):
+        lines.append(f"process limit: {usage['pids_denied']} fork(s) refused")
     for event in record.last[-3:]:
         what = " ".join(str(value) for value in event.subject.values())
         lines.append(f"{event.verdict}: {event.kind} {what} (rule: {event.rule or 'default'})")
