@@ -31,10 +31,10 @@ def snapshot() -> dict[str, list[str]]:
         f"{name}={Path('/proc/sys', name).read_text().strip()}"
         for name in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding")
     ]
-    shims = [
-        entry.parent.name
-        for entry in Path("/proc").glob("[0-9]*/comm")
-        if _read(entry) in ("mis-init", "runc", "crun", "runc:[2:INIT]", "runc:[1:CHILD]")
+    processes = [
+        entry.name
+        for entry in Path("/proc").glob("[0-9]*")
+        if "/mis/" in _read(entry / "cgroup") or "/run/mis/" in _read(entry / "cmdline")
     ]
     return {
         "cgroups": cgroups,
@@ -43,7 +43,7 @@ def snapshot() -> dict[str, list[str]]:
         "mounts": sorted(mounts),
         "state": state,
         "switches": switches,
-        "processes": sorted(shims),
+        "processes": sorted(processes),
     }
 
 
