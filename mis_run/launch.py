@@ -34,6 +34,7 @@ from mis_run.errors import MisError
 from mis_run.events import Event
 from mis_run.follow import Ending, Follower
 from mis_run.guards import net
+from mis_run.later import Later
 from mis_run.model import Plan
 
 
@@ -79,19 +80,29 @@ def run(plan: Plan, *, quiet: bool = False) -> int:
 def _launch(
     plan: Plan, run_dir: state.RunDir, record: report.Record, steps: Steps
 ) -> tuple[Ending, dict[str, Any]]:
-    """Everything in its order; the ExitStack undoes it in reverse, wherever it stops."""
-    enforce = plan.profile.enforce
+    """Everything in its order; the ExitStack undoes it in reverse, wherever it stops.
+
+    What only waits is started early and awaited where it is needed: BPF programs being loaded, the
+    network being connected, the watchdog starting, all while the runtime makes the container.
+    """
+    settings = plan.profile
     with ExitStack() as stack:
         on = stack.enter_context
         loop = on(supervise.loop())
+        loading = Later(lambda: net.load(plan.network, enforce=settings.enforce))
         group = on(cgroup.create(run_dir.id, plan.host))
         steps.done("cgroup")
-        net_guard = on(net.attach(group.unified, plan.network, enforce=enforce))
-        steps.done("net guard")
+        dog = on(
+            liveness.arm(
+                loop,
+                settings.liveness,
+                run_id=run_dir.id,
+                cgroup=group.unified,
+                record=record.fileno(),
+            )
+        )
+        steps.done("watchdog")
         link = on(network.create(plan.network, run_dir.id))
-        if link and link.interface:
-            net_guard.attach_xdp(link.ifindex, link.address4, link.address6)
-        netns = link.netns if link else None
         steps.done("network")
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
         steps.done("rootfs")
@@ -101,14 +112,17 @@ def _launch(
         )
         group.adopt(box.pid)
         steps.done("container")
+        guard = on(net.attach(group.unified, loading.result()))
+        if link and link.interface:
+            guard.attach_xdp(link.ifindex(), link.address4, link.address6)
+        guards = {"net": guard}
+        steps.done("guards")
         box.start()
         steps.done("shim")
-        guards = {"net": net_guard}
-        box.turn = lambda: loop.turn(1.0)
-        loop.add(box.fileno(), lambda: None)
-        net_guard.verify(box.probe, netns)
-        loop.remove(box.fileno())
+        guard.verify(box.probe, link.netns if link else None)
         steps.done("verified")
+        dog.watching(box.lifeline)
+        steps.done("watched")
         follower = Follower(
             loop=loop,
             plan=plan,
@@ -116,22 +130,12 @@ def _launch(
             cgroup=group,
             box=box,
             guards=guards,
-            tracker=Tracker(plan.profile.defcon),
+            tracker=Tracker(settings.defcon),
             counters=None,
         )
-        on(names.serve_plan(plan.network, netns, net_guard.update, follower.emit_soon))
+        netns = link.netns if link else None
+        on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon))
         on(control.serve(loop, run_dir.path / "control.sock", follower.request))
-        dog = on(
-            liveness.arm(
-                loop,
-                plan.profile.liveness,
-                run_id=run_dir.id,
-                cgroup=group.unified,
-                lifeline=box.lifeline,
-                record=record.fileno(),
-            )
-        )
-        steps.done("watchdog")
         on(supervise.signals(loop, follower.signal))
         follower.on_resize = on(terminal.relay(loop, box.pty))
         follower.watch(dog)
@@ -140,6 +144,7 @@ def _launch(
         follower.go()
         steps.done("agent")
         loop.until(lambda: follower.ending is not None)
+        steps.done("followed")
         assert follower.ending is not None
         return follower.ending, follower.measurements()
 

@@ -25,13 +25,23 @@ SCRIPT = Path(__file__).with_name("watchdog.py")
 class Watchdog:
     """A running watchdog process; ``lost`` is called once if it dies before `dismiss`."""
 
-    def __init__(self, loop: Loop, settings: Liveness, pid: int, beats: socket.socket) -> None:
+    def __init__(
+        self, loop: Loop, settings: Liveness, pid: int, beats: socket.socket, word: int
+    ) -> None:
         self.pid = pid
         self._loop = loop
         self._beats = beats
         self._pidfd = os.pidfd_open(pid)
         self._done = False
         self._settings = settings
+        self._word = word
+
+    def watching(self, lifeline: socket.socket) -> None:
+        """Wait until it watches, and give it a copy of the lifeline to hold. Raises SetupError."""
+        with os.fdopen(self._word, "rb") as word:
+            if word.read() != b"watching\n":
+                raise SetupError("the watchdog did not start", hint="mis doctor")
+        socket.send_fds(self._beats, [b"hold"], [lifeline.fileno()])
 
     def start(self, lost: Callable[[], None], heard: Callable[[str], None]) -> None:
         """Beat from now on. ``heard`` gets ``late`` and ``recovered``."""
@@ -89,10 +99,9 @@ def arm(
     *,
     run_id: str,
     cgroup: Path,
-    lifeline: socket.socket,
     record: int,
 ) -> Iterator[Watchdog]:
-    """Start the watchdog and wait until it watches. Raises SetupError when it does not.
+    """Start the watchdog; `Watchdog.watching` waits for it. Raises SetupError.
 
     ``record`` is the descriptor of the run's record, opened for appending.
     """
@@ -102,17 +111,14 @@ def arm(
     itself = os.pidfd_open(os.getpid())
     argv = [sys.executable, "-I", "-S", "-E", str(SCRIPT), run_id, str(cgroup)]
     argv += [str(settings.deadline), str(settings.beat)]
-    fds = {1: writer, 2: 2, 3: theirs.fileno(), 4: lifeline.fileno(), 5: itself, 6: record}
+    fds = {1: writer, 2: 2, 3: theirs.fileno(), 4: itself, 5: record}
     with open(os.devnull) as nothing:
         pid = spawn(argv, {0: nothing.fileno(), **fds}, env={})
     theirs.close()
     os.close(writer)
     os.close(itself)
-    dog = Watchdog(loop, settings, pid, ours)
+    dog = Watchdog(loop, settings, pid, ours, reader)
     try:
-        with os.fdopen(reader, "rb") as words:
-            if words.read() != b"watching\n":
-                raise SetupError("the watchdog did not start", hint="mis doctor")
         yield dog
     finally:
         dog.dismiss()

@@ -14,14 +14,14 @@ import shutil
 import socket
 import struct
 import subprocess
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mis_run import nft, rules
 from mis_run.errors import SetupError
+from mis_run.later import Later
 from mis_run.linux import libc
 from mis_run.model import Finding, NetMode, NetPlan
 from mis_run.state import STATE
@@ -33,15 +33,19 @@ SWITCH4 = Path("/proc/sys/net/ipv4/ip_forward")
 SWITCH6 = Path("/proc/sys/net/ipv6/conf/all/forwarding")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Link:
     """The agent's network. Addresses are empty in mode ``none``."""
 
     netns: int  # descriptor
     interface: str = ""  # our end of the veth pair
-    ifindex: int = 0
     address4: str = ""
     address6: str | None = None
+    connected: Later[int] | None = None  # being connected in the background
+
+    def ifindex(self) -> int:
+        """The index of our end, once the namespace is connected. Raises SetupError."""
+        return self.connected.result() if self.connected else 0
 
     @property
     def path(self) -> str:
@@ -53,7 +57,7 @@ def supported() -> dict[str, Finding]:
     """``netns``, ``nftables``, ``ipv6``: a namespace is really made, a netlink socket opened."""
     found = {"ipv6": Finding(SWITCH6.exists(), "IPv6 is on" if SWITCH6.exists() else "IPv6 is off")}
     try:
-        os.close(_namespace(()))
+        os.close(_namespace())
         found["netns"] = Finding(True, "a network namespace can be made")
     except (OSError, SetupError) as error:
         fix = "inside a container, mis-run needs --privileged or CAP_SYS_ADMIN"
@@ -105,102 +109,125 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
         yield None
         return
     if plan.mode is NetMode.NONE:
-        netns = _namespace(())
+        netns = _namespace()
         try:
             yield Link(netns)
         finally:
             os.close(netns)
         return
-    index = _claim(run_id, ipv6=plan.ipv6)
+    index = _claim(run_id)
     try:
-        link = _connect(plan, run_id, index)
+        netns = _namespace()
         try:
-            nft.allow_local(link.interface, _local_rules(plan))
-            yield link
+            link = _connect(plan, run_id, index, netns)
+            try:
+                yield link
+            finally:
+                _disconnect(link)
         finally:
-            # The namespace itself may live on in dying processes; its interface must not.
-            _run(["ip", "link", "del", link.interface])
-            os.close(link.netns)
+            os.close(netns)
     finally:
         _release({run_id})
 
 
-def _connect(plan: NetPlan, run_id: str, index: int) -> Link:
+def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
+    """Connect the namespace, in the background: `Link.ifindex` waits for it."""
     base = index * 4
     prefix4 = f"10.213.{base >> 8}"
     gateway4, address4 = f"{prefix4}.{(base & 255) + 1}", f"{prefix4}.{(base & 255) + 2}"
     gateway6, address6 = f"fd6d:6973:0:{index:x}::1", f"fd6d:6973:0:{index:x}::2"
     interface = f"mis-{run_id}"
-    host = f"/proc/{os.getpid()}/ns/net"
     inside = [
         f"link add eth0 address {MAC_AGENT} type veth peer name {interface} "
-        f"address {MAC_HOST} netns {host}",
+        f"address {MAC_HOST} netns /proc/{os.getpid()}/ns/net",
         f"addr add {address4}/30 dev eth0",
-        "link set lo up",
         "link set eth0 up",
         # Neighbours are permanent on both ends: XDP passes neither ARP nor neighbour discovery.
         f"neigh add {gateway4} lladdr {MAC_HOST} dev eth0 nud permanent",
-        f"route add default via {gateway4}",
     ]
     outside = [
         f"addr add {gateway4}/30 dev {interface}",
         f"link set {interface} up",
         f"neigh add {address4} lladdr {MAC_AGENT} dev {interface} nud permanent",
     ]
+    # Routes last: they need our end to be up, which brings theirs up.
+    routes = [f"route add default via {gateway4}"]
     if plan.ipv6:
         inside += [
             f"addr add {address6}/64 dev eth0 nodad",
             f"neigh add {gateway6} lladdr {MAC_HOST} dev eth0 nud permanent",
-            f"route add ::/0 via {gateway6}",
         ]
         outside += [
             f"addr add {gateway6}/64 dev {interface} nodad",
             f"neigh add {address6} lladdr {MAC_AGENT} dev {interface} nud permanent",
         ]
-    netns = _namespace(inside, ipv6=plan.ipv6)
-    try:
-        _batch(outside)
-        ifindex = socket.if_nametoindex(interface)
-    except BaseException:
-        os.close(netns)
-        raise
-    return Link(netns, interface, ifindex, address4, address6 if plan.ipv6 else None)
+        routes += [f"route add ::/0 via {gateway6}"]
 
-
-def _namespace(commands: Sequence[str], *, ipv6: bool = False) -> int:
-    """A new network namespace with loopback up and ``ip`` commands run in it; its descriptor.
-
-    Made by a thread that never comes back to our namespace: unshare(2) and the children a thread
-    starts concern that thread alone, so the rest of the process does not move.
-    """
-    made: list[int] = []
-    failed: list[BaseException] = []
-
-    def body() -> None:
+    def connect() -> int:
+        shared = Later(lambda: _share(ipv6=plan.ipv6))
         try:
-            libc.unshare(libc.CLONE_NEWNET)
-            made.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
-            own = Path("/proc/sys/net/ipv6/conf")
-            if own.exists():
-                for which in ("all", "default"):
-                    (own / which / "accept_ra").write_text("0")
-                    if commands and not ipv6:
-                        (own / which / "disable_ipv6").write_text("1")
-            if commands:
-                _batch(commands)
-            else:
-                _loopback_up()
-        except (OSError, SetupError) as error:
-            failed.append(error)
+            _within(netns, lambda: _settle(inside + routes, ipv6=plan.ipv6))
+            _batch(outside)
+            return socket.if_nametoindex(interface)
+        finally:
+            shared.result()
+            nft.allow_local(interface, _local_rules(plan))
 
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join()
-    if failed:
-        for fd in made:
-            os.close(fd)
-        raise failed[0]
-    return made[0]
+    link_address6 = address6 if plan.ipv6 else None
+    return Link(netns, interface, address4, link_address6, Later(connect))
+
+
+def _disconnect(link: Link) -> None:
+    """The namespace may live on in dying processes; its interface must not."""
+    assert link.connected is not None
+    link.connected.wait()
+    _run(["ip", "link", "del", link.interface])
+
+
+def _settle(commands: Sequence[str], *, ipv6: bool) -> None:
+    """Inside the namespace: no IPv6 unless wanted, never autoconfigured; then ``ip`` commands."""
+    conf = Path("/proc/sys/net/ipv6/conf")
+    if conf.exists():
+        for which in ("all", "default"):
+            (conf / which / "accept_ra").write_text("0")
+            if not ipv6:
+                (conf / which / "disable_ipv6").write_text("1")
+    _batch(commands)
+
+
+def _share(*, ipv6: bool) -> None:
+    """The table and the switches that all agents share."""
+    with _locked():
+        switched = _switch_on(ipv6=ipv6)
+        nft.install(close4=SWITCH4.name in switched, close6=SWITCH6.name in switched)
+
+
+def _namespace() -> int:
+    """A new network namespace with loopback up; its descriptor.
+
+    Made by a thread that never comes back to our namespace: unshare(2) and setns(2) concern the
+    calling thread alone, so the rest of the process does not move.
+    """
+
+    def make() -> int:
+        libc.unshare(libc.CLONE_NEWNET)
+        _loopback_up()
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    try:
+        return Later(make).result()
+    except OSError as error:
+        raise SetupError(f"cannot make a network namespace: {error}", hint="mis doctor") from error
+
+
+def _within(netns: int, function: Callable[[], None]) -> None:
+    """Run ``function``, and the processes it starts, inside a network namespace."""
+
+    def enter() -> None:
+        libc.setns(netns, libc.CLONE_NEWNET)
+        function()
+
+    Later(enter).result()
 
 
 def _loopback_up() -> None:
@@ -244,21 +271,15 @@ def _indices() -> dict[int, str]:
     return {int(path.name): path.read_text() for path in NET.iterdir() if path.name.isdecimal()}
 
 
-def _claim(run_id: str, *, ipv6: bool) -> int:
-    """The lowest free index, with the shared table and the forwarding switches in place."""
+def _claim(run_id: str) -> int:
+    """The lowest free index. Raises SetupError when there is none."""
     with _locked():
         taken = _indices()
-        index = next((n for n in range(MOST) if n not in taken), None)
-        if index is None:
-            raise SetupError("no address is left for another agent", hint="mis gc")
-        (NET / str(index)).write_text(run_id)
-        try:
-            switched = _switch_on(ipv6=ipv6)
-            nft.install(close4=SWITCH4.name in switched, close6=SWITCH6.name in switched)
-        except BaseException:
-            _forget({run_id})
-            raise
-    return index
+        for index in range(MOST):
+            if index not in taken:
+                (NET / str(index)).write_text(run_id)
+                return index
+    raise SetupError("no address is left for another agent", hint="mis gc")
 
 
 def _release(run_ids: set[str]) -> None:

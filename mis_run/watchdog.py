@@ -5,8 +5,9 @@ small (under 12 MB) and share nothing with the supervisor that could fail with i
 of the shim's lifeline, so the agent outlives the supervisor exactly as long as the watchdog says;
 when both are gone the shim sees the end of the line and takes the whole pid namespace with it.
 
-Beats arrive on descriptor 3, one datagram each: ``beat``, ``pause`` (supervisor stopped on
-purpose), ``resume``, ``bye`` (normal end).  Answers: ``late`` and ``recovered``.
+Beats arrive on descriptor 3, one datagram each: ``beat``, ``hold`` with a descriptor (the
+lifeline), ``pause`` (supervisor stopped on purpose), ``resume``, ``bye`` (normal end).
+Answers: ``late`` and ``recovered``.
 Out of scope: judging violations, answering guards, cleaning up (``mis gc`` does that).
 """
 
@@ -22,7 +23,8 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 RUN = CGROUP = ""  # set once, from the command line
-BEATS, LIFELINE, SUPERVISOR, RECORD = 3, 4, 5, 6
+held: list[int] = []
+BEATS, SUPERVISOR, RECORD = 3, 4, 5
 GOOD_BEATS = 5  # in a row, to recover from one late beat
 EMPTY_WITHIN = 5.0  # seconds the killed cgroup gets to become empty
 
@@ -85,7 +87,8 @@ def lost(why: str) -> NoReturn:
     """The supervisor is lost: end the agent, then the supervisor if it only hangs, then gc."""
     took = end_agent()
     say("watchdog.closed", why=f'"{why}"', milliseconds=took)
-    os.close(LIFELINE)  # the shim goes with it if the kill could not reach it
+    for fd in held:
+        os.close(fd)  # the shim goes with its lifeline if the kill could not reach it
     try:
         signal.pidfd_send_signal(SUPERVISOR, signal.SIGKILL)
         select.select([SUPERVISOR], [], [], 2.0)
@@ -115,7 +118,8 @@ def watch(deadline: float, beat: float) -> None:
                 continue
             lost(f"no beat for {deadline:g} s")
         try:
-            words = beats.recv(64)
+            words, fds, _, _ = socket.recv_fds(beats, 64, 4)
+            held.extend(fds)
         except BlockingIOError:
             continue
         except ConnectionError:

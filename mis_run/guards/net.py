@@ -166,6 +166,11 @@ class NetGuard:
 
     # ---- attaching ------------------------------------------------------------------------
 
+    def attach(self, cgroup_fd: int) -> None:
+        """Attach the cgroup programs, beside whatever others have attached there."""
+        for kind, name in PROGRAMS.items():
+            libbpf.attach_cgroup(cgroup_fd, self._object.program(name), kind)
+
     def attach_xdp(self, ifindex: int, address4: str, address6: str | None) -> None:
         """Judge every frame that arrives on our end of the agent's veth.
 
@@ -383,22 +388,21 @@ def inject(netns: int, frames: list[bytes]) -> None:
 
 
 @contextmanager
-def attach(cgroup: Path, plan: NetPlan, *, enforce: bool) -> Iterator[NetGuard]:
-    """Load the guard and attach it to ``cgroup`` (a v2 directory) and everything below.
+def attach(cgroup: Path, guard: NetGuard) -> Iterator[NetGuard]:
+    """Attach a loaded guard to ``cgroup`` (a v2 directory) and everything below.
 
-    Raises SetupError.  XDP comes later, when there is an interface: `NetGuard.attach_xdp`.
+    The attachment ends with the cgroup, or here.  XDP comes later, when there is an interface:
+    `NetGuard.attach_xdp`.
     """
-    guard = NetGuard(plan, enforce=enforce)
     fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    attached = []
     try:
-        for kind, name in PROGRAMS.items():
-            program = guard._object.program(name)
-            libbpf.attach_cgroup(fd, program, kind)
-            attached.append((program, kind))
+        guard.attach(fd)
         yield guard
     finally:
-        for program, kind in reversed(attached):
-            libbpf.detach_cgroup(fd, program, kind)
         os.close(fd)
         guard.close()
+
+
+def load(plan: NetPlan, *, enforce: bool) -> NetGuard:
+    """Load the programs and fill their tables; nothing is attached. Raises SetupError."""
+    return NetGuard(plan, enforce=enforce)

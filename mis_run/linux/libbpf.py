@@ -53,12 +53,10 @@ class _Library:
         self.program_fd = self._number("bpf_program__fd", c_void_p)
         self.map_fd = self._number("bpf_map__fd", c_void_p)
         self.attach = self._number("bpf_prog_attach", c_int, c_int, c_int, c_uint32)
-        self.detach = self._number("bpf_prog_detach2", c_int, c_int, c_int)
         self.update = self._number("bpf_map_update_elem", c_int, c_char_p, c_char_p, c_uint64)
         self.delete = self._number("bpf_map_delete_elem", c_int, c_char_p)
         self.lookup = self._number("bpf_map_lookup_elem", c_int, c_char_p, c_char_p)
         self.xdp_attach = self._number("bpf_xdp_attach", c_int, c_int, c_uint32, c_void_p)
-        self.xdp_detach = self._number("bpf_xdp_detach", c_int, c_uint32, c_void_p)
         self.ring_fd = self._number("ring_buffer__epoll_fd", c_void_p)
         self.ring_consume = self._number("ring_buffer__consume", c_void_p)
         self.ring_free = self._nothing("ring_buffer__free", c_void_p)
@@ -212,11 +210,6 @@ def possible_cpus() -> int:
 def attach_cgroup(cgroup_fd: int, program: int, kind: str) -> None:
     """Attach to a cgroup beside whatever is there (BPF_F_ALLOW_MULTI)."""
     _bpf().attach(program, cgroup_fd, ATTACH_TYPES[kind], BPF_F_ALLOW_MULTI)
-
-
-def detach_cgroup(cgroup_fd: int, program: int, kind: str) -> None:
-    """Undo `attach_cgroup`."""
-    _bpf().detach(program, cgroup_fd, ATTACH_TYPES[kind])
 
 
 def attach_xdp(ifindex: int, program: int) -> str:

@@ -1,0 +1,38 @@
+"""One function in a thread of its own, its result fetched later: what waits for the kernel or for
+another process costs nothing while we do something else (ctypes and waiting release the GIL)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Later(Generic[T]):
+    """Starts at once; `result` waits and raises what the function raised."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._result: list[T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result.append(self._function())
+        except BaseException as error:  # noqa: BLE001 - raised again by `result`
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait without raising, before undoing what the function did."""
+        self._thread.join()
+
+    def result(self) -> T:
+        """What the function returned, once it has."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result[0]
