@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mis_run.build import built
 from mis_run.errors import SetupError
 from mis_run.linux.spawn import spawn
 from mis_run.model import Liveness
 from mis_run.supervise import Loop
-
-SCRIPT = Path(__file__).with_name("watchdog.py")
 
 
 class Watchdog:
@@ -109,8 +108,9 @@ def arm(
     ours.setblocking(False)
     reader, writer = os.pipe()
     itself = os.pidfd_open(os.getpid())
-    argv = [sys.executable, "-I", "-S", "-E", str(SCRIPT), run_id, str(cgroup)]
-    argv += [str(settings.deadline), str(settings.beat)]
+    argv = [str(built("mis-watchdog")), run_id, str(cgroup)]
+    argv += [str(round(seconds * 1000)) for seconds in (settings.deadline, settings.beat)]
+    argv += ["--", sys.executable, "-I", "-c", "from mis_run import gc; gc.collect()"]
     fds = {1: writer, 2: 2, 3: theirs.fileno(), 4: itself, 5: record}
     with open(os.devnull) as nothing:
         pid = spawn(argv, {0: nothing.fileno(), **fds}, env={})

@@ -7,7 +7,7 @@ the filter itself.  Calls that the escape guard wants to see are left out here (
 
 from __future__ import annotations
 
-import platform
+import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -97,6 +97,6 @@ def profile(
         "defaultErrnoRet": 1,
         "syscalls": [*rules, *notify],
     }
-    if architecture := ARCHITECTURES.get(platform.machine()):
+    if architecture := ARCHITECTURES.get(os.uname().machine):
         found["architectures"] = [architecture]
     return found

@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,7 +80,7 @@ def _claim() -> tuple[Path, int]:
     """
     with exclusive():
         while True:
-            path = STATE / secrets.token_hex(4)
+            path = STATE / os.urandom(4).hex()
             try:
                 path.mkdir(mode=0o700)
             except FileExistsError:

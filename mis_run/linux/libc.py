@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 from typing import Any
 
 # Numbers from linux/sched.h, linux/mount.h and linux/prctl.h: part of the kernel's stable ABI.
@@ -52,7 +51,7 @@ _prctl = _function("prctl", ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 _syscall = _function("syscall", *[ctypes.c_long] * 4)
 _syscall.restype = ctypes.c_long
-_BPF = {"x86_64": 321, "aarch64": 280}.get(platform.machine(), 321)
+_BPF = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, 321)
 
 
 def unshare(flags: int) -> None:

@@ -1,4 +1,4 @@
-"""posix_spawn(3) with chosen descriptor numbers: no fork of our heap, no code between fork and exec.
+"""posix_spawn(3) with chosen descriptor numbers: our heap is not forked, no code runs before exec.
 
 Python's own descriptors are all close-on-exec, so a child has exactly what is named here.
 """
@@ -20,7 +20,7 @@ def spawn(
     env: Mapping[str, str] | None = None,
     die_with_us: bool = False,
 ) -> int:
-    """Start ``argv`` with descriptor ``target`` being our ``source`` for each pair; returns its pid.
+    """Start ``argv`` with descriptor ``target`` being our ``source`` for each pair; its pid.
 
     ``die_with_us`` has the kernel kill it when we die (PR_SET_PDEATHSIG, by setpriv(1)).
     Raises OSError when it cannot be executed.

@@ -1,0 +1,256 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * mis-watchdog: ends the agent when its supervisor no longer can.
+ *
+ *   mis-watchdog RUN CGROUP DEADLINE_MS BEAT_MS -- GC-COMMAND [ARG]...
+ *
+ * A process of its own, tiny and static, that shares nothing with the supervisor that could fail
+ * with it.  It holds a copy of the shim's lifeline, so the agent outlives the supervisor exactly as
+ * long as the watchdog says; when both are gone the shim sees the end of the line and takes the
+ * whole pid namespace with it.
+ *
+ * Descriptors: 1 says "watching" once and is closed; 3 beats; 4 pidfd of the supervisor; 5 the
+ * run's record.  Beats are datagrams: "beat"; "hold" with a descriptor (the lifeline); "pause" (the
+ * supervisor is stopped on purpose); "resume"; "bye" (normal end).  Answers: "late", "recovered".
+ *
+ * Lost means: no word for DEADLINE_MS, or the end of the beats without "bye".  Then: freeze, kill,
+ * see the cgroup empty, kill the supervisor if it only hangs, and become GC-COMMAND.
+ * Out of scope: judging violations, answering guards, cleaning up.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { BEATS = 3, SUPERVISOR = 4, RECORD = 5 };
+#define GOOD_BEATS 5 /* in a row, to recover from a late one */
+#define EMPTY_WITHIN 5000 /* ms the killed cgroup gets to become empty */
+#define MOST_HELD 8
+
+static const char *run, *cgroup;
+static int held[MOST_HELD], held_count;
+
+static long now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+/* Append one line to the record, in the schema of events.py. */
+static void say(const char *kind, const char *why, long milliseconds)
+{
+	char line[512];
+	struct timespec now;
+	int length;
+
+	clock_gettime(CLOCK_REALTIME, &now);
+	length = snprintf(line, sizeof(line),
+			  "{\"run\": \"%s\", \"v\": 1, \"time\": %ld.%06ld, \"kind\": \"watchdog.%s\", "
+			  "\"guard\": \"liveness\", \"subject\": {\"why\": \"%s\", "
+			  "\"milliseconds\": %ld}}\n",
+			  run, (long)now.tv_sec, now.tv_nsec / 1000, kind, why, milliseconds);
+	(void)!write(RECORD, line, length);
+}
+
+static int cgroup_write(const char *name, const char *text)
+{
+	char path[PATH_MAX];
+	int fd, done;
+
+	snprintf(path, sizeof(path), "%s/%s", cgroup, name);
+	fd = open(path, O_WRONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 0;
+	done = write(fd, text, strlen(text)) > 0;
+	close(fd);
+	return done;
+}
+
+static int populated(void)
+{
+	char path[PATH_MAX], text[256];
+	ssize_t length;
+	int fd;
+
+	snprintf(path, sizeof(path), "%s/cgroup.events", cgroup);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 0; /* removed: nobody can be in it */
+	length = read(fd, text, sizeof(text) - 1);
+	close(fd);
+	if (length <= 0)
+		return 0;
+	text[length] = 0;
+	return strstr(text, "populated 1") != NULL;
+}
+
+/* SIGKILL every process listed in a cgroup directory and the ones below it. */
+static void kill_listed(const char *folder)
+{
+	char path[PATH_MAX];
+	struct dirent *entry;
+	FILE *list;
+	DIR *dir;
+	int pid;
+
+	snprintf(path, sizeof(path), "%s/cgroup.procs", folder);
+	list = fopen(path, "re");
+	if (list) {
+		while (fscanf(list, "%d", &pid) == 1)
+			if (pid > 0)
+				kill(pid, SIGKILL);
+		fclose(list);
+	}
+	dir = opendir(folder);
+	if (!dir)
+		return;
+	while ((entry = readdir(dir))) {
+		if (entry->d_type != DT_DIR || entry->d_name[0] == '.')
+			continue;
+		snprintf(path, sizeof(path), "%s/%s", folder, entry->d_name);
+		kill_listed(path);
+	}
+	closedir(dir);
+}
+
+/* Freeze, kill, prove empty; the milliseconds it took, -1 if it is not empty. */
+static long end_agent(void)
+{
+	struct timespec pause = { .tv_nsec = 1000000 };
+	long began = now_ms();
+	int killed;
+
+	cgroup_write("cgroup.freeze", "1");
+	killed = cgroup_write("cgroup.kill", "1");
+	while (populated() && now_ms() - began < EMPTY_WITHIN) {
+		if (!killed) { /* a kernel before 5.14: frozen, so nobody forks away */
+			cgroup_write("cgroup.freeze", "1");
+			kill_listed(cgroup);
+			cgroup_write("cgroup.freeze", "0");
+		}
+		nanosleep(&pause, NULL);
+	}
+	return populated() ? -1 : now_ms() - began;
+}
+
+static void lost(const char *why, char **gc)
+{
+	struct pollfd supervisor = { .fd = SUPERVISOR, .events = POLLIN };
+
+	say("closed", why, end_agent());
+	while (held_count > 0)
+		close(held[--held_count]); /* the shim goes too if the kill could not reach it */
+	/* If it is dead already, which is why we are here, this fails and nothing is lost. */
+	syscall(SYS_pidfd_send_signal, SUPERVISOR, SIGKILL, NULL, 0);
+	poll(&supervisor, 1, 2000);
+	execv(gc[0], gc);
+	_exit(127);
+}
+
+/* Read one word; keeps descriptors that came along. Empty at the end of the beats. */
+static ssize_t hear(char *text, size_t size)
+{
+	char control[CMSG_SPACE(MOST_HELD * sizeof(int))];
+	struct iovec part = { text, size - 1 };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = control,
+				  .msg_controllen = sizeof(control) };
+	ssize_t length = recvmsg(BEATS, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+	struct cmsghdr *header;
+
+	if (length < 0)
+		return errno == EAGAIN || errno == EINTR ? -1 : 0;
+	text[length] = 0;
+	header = length > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+	if (header && header->cmsg_type == SCM_RIGHTS) {
+		int *fds = (int *)CMSG_DATA(header);
+		int count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+
+		for (int n = 0; n < count && held_count < MOST_HELD; n++)
+			held[held_count++] = fds[n];
+	}
+	return length;
+}
+
+static void watch(long deadline, long beat, char **gc)
+{
+	struct pollfd beats = { .fd = BEATS, .events = POLLIN };
+	long last = now_ms(), asked, now, wait;
+	int paused = 0, late = 0, good = 0;
+	char word[64];
+	ssize_t length;
+
+	for (;;) {
+		asked = now_ms();
+		wait = last + deadline - asked;
+		if (wait < 0)
+			wait = 0;
+		length = poll(&beats, 1, paused ? -1 : (int)wait);
+		now = now_ms();
+		if (length == 0) {
+			/* Were we the ones without CPU? Then silence proves nothing: ask once more. */
+			if (now - asked > wait + deadline / 2) {
+				say("starved", "the watchdog got no CPU", now - asked - wait);
+				last = now;
+				continue;
+			}
+			lost("no beat within the deadline", gc);
+		}
+		length = hear(word, sizeof(word));
+		if (length < 0)
+			continue;
+		if (length == 0)
+			lost("the supervisor died", gc);
+		if (!strcmp(word, "bye"))
+			return;
+		paused = !strcmp(word, "pause");
+		if (!late && !strcmp(word, "beat") && now - last > 2 * beat + deadline / 4) {
+			late = 1;
+			good = 0;
+			say("late", "a beat came late", now - last);
+			(void)!send(BEATS, "late", 4, MSG_NOSIGNAL | MSG_DONTWAIT);
+		} else if (late && ++good >= GOOD_BEATS) {
+			late = 0;
+			say("recovered", "beats are in time again", now - last);
+			(void)!send(BEATS, "recovered", 9, MSG_NOSIGNAL | MSG_DONTWAIT);
+		}
+		last = now;
+	}
+}
+
+int main(int argc, char **argv)
+{
+	/* Ctrl-C and a session's hang-up are the supervisor's business. */
+	static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP, SIGPIPE, 0 };
+	struct sched_param first = { .sched_priority = 1 };
+
+	if (argc < 7 || strcmp(argv[5], "--"))
+		return 125;
+	run = argv[1];
+	cgroup = argv[2];
+	for (int n = 0; ignored[n]; n++)
+		signal(ignored[n], SIG_IGN);
+	setsid();
+	/* Before every ordinary process: an agent that burns CPU cannot starve the watchdog. */
+	if (sched_setscheduler(0, SCHED_RR, &first))
+		setpriority(PRIO_PROCESS, 0, -20);
+	if (write(1, "watching\n", 9) != 9)
+		return 125;
+	close(1);
+	watch(atol(argv[3]), atol(argv[4]), argv + 6);
+	return 0;
+}
