@@ -41,6 +41,12 @@ class Box:
         self._reports: deque[tuple[str, int]] = deque()
         self._answers: deque[tuple[str, int]] = deque()
         self._closed = False
+        # Readable when the shim spoke, and also when what it said was read while we waited for
+        # something else.
+        self._pending = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._ready = select.epoll()
+        self._ready.register(lifeline, select.EPOLLIN)
+        self._ready.register(self._pending, select.EPOLLIN)
 
     def start(self) -> None:
         """Run the shim. Raises SetupError."""
@@ -81,8 +87,8 @@ class Box:
             self.lifeline.send(f"signal {int(number)}".encode())
 
     def fileno(self) -> int:
-        """The lifeline, readable when the shim reports."""
-        return self.lifeline.fileno()
+        """Readable while `read` has something to say."""
+        return self._ready.fileno()
 
     def read(self) -> list[tuple[str, int]]:
         """All reports so far: ``("exit", code)``, ``("killed", signal)``, ``("stopped", signal)``
@@ -90,11 +96,19 @@ class Box:
         self._pump()
         found = list(self._reports)
         self._reports.clear()
+        with suppress(BlockingIOError):  # nothing was pending
+            os.eventfd_read(self._pending)
         return [*found, ("closed", 0)] if self._closed else found
 
     def wait(self, seconds: float = GONE) -> bool:
         """Whether the container's init, and with it every process inside, ended in time."""
         return ended(self.pidfd, seconds)
+
+    def close(self) -> None:
+        """Give back the descriptors that are the box's own; the lifeline is not."""
+        self._ready.close()
+        os.close(self._pending)
+        os.close(self.pidfd)
 
     def _pump(self) -> None:
         """Take every datagram that is there: answers apart from reports."""
@@ -109,6 +123,7 @@ class Box:
             word, value = _parse(data)
             if word in REPORTS:
                 self._reports.append((word, value))
+                os.eventfd_write(self._pending, 1)
             elif data:
                 self._answers.append((word, value))
 

@@ -71,9 +71,14 @@ def mount(plan: Plan, folder: Path, etc: Mapping[str, str]) -> Iterator[Path]:
     The layer holds at most ``limits.scratch`` bytes.  Raises SetupError.
     """
     layer, merged = folder / "layer", folder / "root"
+    lower = plan.rootfs or Path("/")
+    if not lower.is_dir():
+        raise SetupError(
+            f"--rootfs {lower}: no such folder",
+            hint="name a folder with a root file system, as debootstrap makes one",
+        )
     layer.mkdir()
     merged.mkdir()
-    lower = plan.rootfs or Path("/")
     size = f"size={plan.limits.scratch or DEFAULT_LAYER},mode=700"
     try:
         libc.mount("tmpfs", str(layer), "tmpfs", libc.MS_NOSUID | libc.MS_NODEV, size)
@@ -90,7 +95,9 @@ def mount(plan: Plan, folder: Path, etc: Mapping[str, str]) -> Iterator[Path]:
             libc.mount("overlay", str(merged), "overlay", libc.MS_NODEV | libc.MS_NOSUID, data)
         except OSError as error:
             raise SetupError(
-                f"cannot lay an overlay over {lower}: {error.strerror}", hint=_why_not(lower)
+                f"cannot lay an overlay over {lower}: {error.strerror}",
+                hint="see `dmesg | tail`; an overlay may lie on at most one other overlay, and "
+                "some file systems cannot lie below one: try --rootfs DIR on ext4, xfs or btrfs",
             ) from error
         try:
             yield merged
@@ -98,15 +105,6 @@ def mount(plan: Plan, folder: Path, etc: Mapping[str, str]) -> Iterator[Path]:
             libc.umount(str(merged), libc.MNT_DETACH)
     finally:
         libc.umount(str(layer), libc.MNT_DETACH)
-
-
-def _why_not(lower: Path) -> str:
-    if not lower.is_dir():
-        return "--rootfs must name a folder with a root file system"
-    return (
-        "see `dmesg | tail`; an overlay may lie on at most one other overlay, and some file "
-        "systems cannot be a lower layer: try --rootfs DIR on ext4, xfs or btrfs"
-    )
 
 
 def _escape(path: Path) -> str:

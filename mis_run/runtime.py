@@ -187,4 +187,4 @@ def _end(box: Box) -> None:
         with suppress(ChildProcessError):  # not ours when we are no subreaper
             os.waitid(os.P_PIDFD, box.pidfd, os.WEXITED)
     finally:
-        os.close(box.pidfd)
+        box.close()
