@@ -108,12 +108,16 @@ def inside(source: str, target: str, patterns: Sequence[str]) -> dict[str, bool]
 
 
 def sockets(table: Path = Path("/proc/net/unix")) -> list[str]:
-    """Paths at which programs of the host listen: a file system shared with them is a way in."""
+    """Paths at which programs of the host listen: a file system shared with them is a way in.
+
+    An overlay over it is not: its inodes are its own, so connecting is refused (unix(7),
+    unix_find_bsd in net/unix/af_unix.c since Linux 4.19).
+    """
     found = []
     for line in _lines(table):
         fields = line.split(None, 7)
         if len(fields) == 8 and fields[3] == LISTENING and fields[7].startswith("/"):
-            found.append(fields[7])
+            found.append(fields[7].rstrip("\n"))
     return found
 
 

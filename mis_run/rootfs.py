@@ -159,7 +159,7 @@ class Layer:
 
 def prepare(layer: Layer, plan: Plan, etc: Mapping[str, str]) -> None:
     """Write everything into the upper layer that the agent finds instead of the host's."""
-    for path, is_folder in masks.find_all(layer.lower, (*plan.masked, *masks.sockets())).items():
+    for path, is_folder in masks.find_all(layer.lower, plan.masked).items():
         if is_folder:
             layer.folder(path, 0o755)
         else:
@@ -204,16 +204,21 @@ def separate(host: Host) -> list[str]:
 def hidden(plan: Plan) -> list[tuple[str, bool]]:
     """(path, is a folder) of what must be covered by mounts: masked paths inside binds.
 
-    The throw-away layer covers everything else (`prepare`).
+    The throw-away layer covers everything else (`prepare`).  In the host's own file systems that
+    includes the sockets of its services, which a bind would leave within reach.
     """
     binds = {str(plan.cwd): str(plan.cwd)} | {str(b.target): str(b.source) for b in plan.binds}
-    if plan.rootfs is None:
-        binds |= {point: point for point in separate(plan.host)}
+    shared = separate(plan.host) if plan.rootfs is None else []
     found: dict[str, bool] = {}
     for target, source in binds.items():
         if Path(source).is_dir():
             found |= masks.inside(source, target, plan.masked)
-    return sorted((path, folder) for path, folder in found.items() if path not in binds)
+    if shared:
+        patterns = (*plan.masked, *masks.sockets())
+        for point in shared:
+            found |= masks.inside(point, point, patterns)
+    named = {*binds, *shared}
+    return sorted((path, folder) for path, folder in found.items() if path not in named)
 
 
 def protected(plan: Plan) -> list[str]:
