@@ -1,246 +1,282 @@
 """The cgroup of one run: its identity, its limits' numbers, its end.
 
-``mis/<id>`` in cgroup v2 is what the guards attach to; the container lives in ``mis/<id>/agent``
-below it, and in directories of the same name in every v1 hierarchy there is (the runtime makes
-those and writes the limits).  Out of scope: which hierarchies there are (`cgroup_detect`), how
-killing works without cgroup.kill (`cgroup_kill`).
+``mis/<id>`` in cgroup v2 is what guards attach to and what is frozen and killed; the container
+lives in ``mis/<id>/agent`` below it (so that no process is ever in a cgroup that has children), and
+in directories of the same names in every v1 hierarchy, where the runtime writes the limits.
+Out of scope: which hierarchies there are (`cgroup_detect`), how freezing and killing work
+(`cgroup_kill`), what the numbers mean (`cgroup_stats`).
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
 
-from mis_run import cgroup_kill
-from mis_run.cgroup_detect import PARENT, detect, supported
+from mis_run import cgroup_kill, cgroup_stats
+from mis_run.cgroup_detect import LIMITS, PARENT, detect, mount_private, supported
+from mis_run.cgroup_stats import Usage
 from mis_run.errors import SetupError
-from mis_run.events import Event, Guarantee
+from mis_run.events import Event
 from mis_run.model import Host
 
-__all__ = ["Cgroup", "Usage", "create", "detect", "gc", "supported"]
+__all__ = ["Cgroup", "Usage", "create", "detect", "gc", "mount_private", "supported"]
 
 LEAF = "agent"
-EMPTY_WITHIN = 5.0  # seconds a killed cgroup gets to become empty
-USER_HZ = os.sysconf("SC_CLK_TCK")
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What an agent used. Seconds and bytes; None is "this machine does not tell"."""
-
-    cpu_seconds: float | None = None
-    user_seconds: float | None = None
-    system_seconds: float | None = None
-    memory_bytes: int | None = None
-    memory_peak: int | None = None
-    pids: int | None = None
-    pids_denied: int | None = None  # forks refused by the limit
-    oom_kills: int | None = None
-    throttled_seconds: float | None = None
-    throttled: int | None = None  # periods in which the CPU limit stopped it
+EMPTY_WITHIN = 5.0  # seconds a killed cgroup gets to become empty, and to be removed
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+RUN_ID = re.compile(r"[0-9a-f]{8}")
+OURS = PurePosixPath("/", PARENT)
 
 
 class Cgroup:
-    """One run's cgroup; ``unified`` is its v2 identity directory."""
+    """One run's cgroup. ``unified`` is its v2 identity directory, ``place`` that directory's path
+    from the root of each hierarchy, ``oci_path`` the runtime's ``linux.cgroupsPath``.
 
-    def __init__(self, run_id: str, unified: Path, controllers: Mapping[str, Path]) -> None:
-        self.unified = unified
-        self.place = f"/{PARENT}/{run_id}"
+    ``unavailable`` maps limits that could not be passed down to ``agent`` to the kernel's reason.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        root: Path,
+        controllers: Mapping[str, Path],
+        parent: PurePosixPath = OURS,
+    ) -> None:
+        self.place = str(parent / run_id)
         self.oci_path = f"{self.place}/{LEAF}"
-        self._controllers = controllers
-        self._seen: dict[str, int] = {}
+        self.unified = root / self.place[1:]
+        self.agent = self.unified / LEAF
+        self.unavailable: dict[str, str] = {}
+        self._root = root
+        self._tops = list(dict.fromkeys([root, *controllers.values()]))
+        self._v1 = {
+            name: path / self.place[1:] for name, path in controllers.items() if path != root
+        }
+        self._v2 = [name for name, path in controllers.items() if path == root]
+        self._places = cgroup_stats.Places(self.unified, self._v1, LEAF)
+        self._watch = cgroup_stats.LimitsWatch(self._places)
+
+    @property
+    def perf(self) -> Path:
+        """The directory to hand to perf_event_open(2): where the perf_event controller lives."""
+        return self._v1.get("perf_event", self.unified)
+
+    # ---- processes ------------------------------------------------------------------------
 
     def adopt(self, pid: int) -> None:
-        """Make sure that ``pid`` is inside; runtimes differ in what they do in hybrid mode."""
-        leaf = self.unified / LEAF
-        leaf.mkdir(exist_ok=True)
-        (leaf / "cgroup.procs").write_text(str(pid))
+        """Make sure that ``pid`` is in the agent's v2 cgroup: in hybrid mode runtimes differ.
 
-    def kill(self) -> None:
-        """SIGKILL everything inside at once, forks included; see `wait_empty` for the proof."""
+        Raises SetupError when the kernel refuses (the process is gone).
+        """
         try:
-            (self.unified / "cgroup.kill").write_text("1")
-        except FileNotFoundError:
-            freezer = self._controllers.get("freezer")
-            path = freezer / self.oci_path[1:] if freezer else None
-            cgroup_kill.kill_by_hand(self.unified, path, self.place, EMPTY_WITHIN)
+            self.agent.mkdir(exist_ok=True)
+            (self.agent / "cgroup.procs").write_text(str(pid))
+        except OSError as error:
+            message = f"cannot put process {pid} into {self.agent}: {error.strerror}"
+            raise SetupError(message) from error
 
-    def freeze(self, on: bool, timeout: float = 1.0) -> bool:
-        """Stop or resume everything inside; whether the kernel confirmed it in time."""
-        return cgroup_kill.freeze(self.unified, on=on, timeout=timeout)
+    def procs(self) -> set[int]:
+        """Every process inside, by our pid namespace's numbers."""
+        return cgroup_kill.procs(self.unified)
 
     def populated(self) -> bool:
-        """Whether any process is inside."""
+        """Whether any process is inside; False once the cgroup is removed."""
+        return "populated 1" in (cgroup_stats.text(self.unified / "cgroup.events") or "")
+
+    def kill(self) -> None:
+        """SIGKILL everything inside at once, forks included; `wait_empty` is the proof.
+
+        Frozen processes die frozen.  A cgroup that is already removed is fine.
+        """
         try:
-            return "populated 1" in (self.unified / "cgroup.events").read_text()
-        except FileNotFoundError:
-            return False
+            cgroup_kill.write(self.unified / "cgroup.kill", "1")
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+            if self.unified.is_dir():  # Linux before 5.14
+                self.kill_by_hand()
+
+    def kill_by_hand(self) -> None:
+        """`kill` for kernels without cgroup.kill; also tested where there is one."""
+        freezer = None if (self.unified / "cgroup.freeze").exists() else self._v1.get("freezer")
+        cgroup_kill.kill_by_hand(self.unified, freezer, self.place, EMPTY_WITHIN)
+
+    def freeze(self, on: bool, timeout: float = 1.0) -> bool:
+        """Stop or resume everything inside; whether the kernel confirmed it in ``timeout`` s."""
+        freezer = self._v1.get("freezer")
+        if freezer is not None and not (self.unified / "cgroup.freeze").exists():
+            return cgroup_kill.freeze_v1(freezer, on=on, timeout=timeout)
+        return cgroup_kill.freeze(self.unified, on=on, timeout=timeout)
 
     def wait_empty(self, timeout: float) -> float:
-        """Seconds until it was empty. Raises SetupError when it is not within ``timeout``."""
+        """Seconds until no process was inside; never less than ``timeout`` if some still are."""
         began = time.monotonic()
-        if not cgroup_kill.wait_for(self.unified / "cgroup.events", "populated 0", timeout):
-            raise SetupError(f"processes are left in {self.unified} after {timeout:g} s")
-        return time.monotonic() - began
+        empty = cgroup_kill.wait_for(self.unified / "cgroup.events", "populated 0", timeout)
+        took = time.monotonic() - began
+        return took if empty else max(took, timeout)
 
     # ---- numbers --------------------------------------------------------------------------
 
     def usage(self) -> Usage:
-        """What was used so far, from v2 files where the controller is there, else v1 files."""
-        cpu = _keyed(self._file("cpu", "cpu.stat"))
-        memory = self._file("memory", "")
-        if self._is_v2("memory"):
-            now, peak = _number(memory / "memory.current"), _number(memory / "memory.peak")
-        else:
-            now = _number(memory / "memory.usage_in_bytes")
-            peak = _number(memory / "memory.max_usage_in_bytes")
-        total, user, system = self._cpu(cpu)
-        return Usage(
-            cpu_seconds=total,
-            user_seconds=user,
-            system_seconds=system,
-            memory_bytes=now,
-            memory_peak=peak,
-            pids=_number(self._file("pids", "pids.current")),
-            pids_denied=_keyed(self._file("pids", "pids.events")).get("max"),
-            oom_kills=self._oom_kills(),
-            throttled_seconds=_scaled(cpu.get("throttled_usec"), 1e-6)
-            if "throttled_usec" in cpu
-            else _scaled(cpu.get("throttled_time"), 1e-9),
-            throttled=cpu.get("nr_throttled"),
-        )
-
-    def _cpu(self, stat: Mapping[str, int]) -> tuple[float | None, float | None, float | None]:
-        if "usage_usec" in stat:
-            keys = ("usage_usec", "user_usec", "system_usec")
-            total, user, system = (_scaled(stat.get(key), 1e-6) for key in keys)
-            return total, user, system
-        parts = _keyed(self._file("cpuacct", "cpuacct.stat"))
-        total = _scaled(_number(self._file("cpuacct", "cpuacct.usage")), 1e-9)
-        user, system = (_scaled(parts.get(key), 1 / USER_HZ) for key in ("user", "system"))
-        return total, user, system
-
-    def _oom_kills(self) -> int | None:
-        name = "memory.events" if self._is_v2("memory") else "memory.oom_control"
-        return _keyed(self._file("memory", name)).get("oom_kill")
+        """What was used so far, by everything that ever ran inside."""
+        return cgroup_stats.usage(self._places)
 
     def poll_events(self) -> list[Event]:
-        """Limits that were hit since the last call: ``limits.oom``, ``limits.pids``."""
-        usage = self.usage()
-        found = []
-        for kind, value in (("limits.oom", usage.oom_kills), ("limits.pids", usage.pids_denied)):
-            before = self._seen.get(kind, 0)
-            if value is not None and value > before:
-                self._seen[kind] = value
-                subject = {"times": value - before, "total": value}
-                found.append(Event(kind=kind, guard=Guarantee.LIMITS, subject=subject))
-        return found
+        """Limits hit since the last call: ``limits.oom``, ``limits.pids``, ``limits.throttled``."""
+        return self._watch.poll()
 
-    def _file(self, controller: str, name: str) -> Path:
-        root = self._controllers.get(controller, Path("/nonexistent"))
-        return root / self.oci_path[1:] / name
+    # ---- begin and end --------------------------------------------------------------------
 
-    def _is_v2(self, controller: str) -> bool:
-        root = self._controllers.get(controller)
-        return root is not None and (root / "cgroup.controllers").exists()
+    def make(self) -> None:
+        """Make the identity directory in every hierarchy, and pass v2 controllers down to it.
 
-    # ---- the end --------------------------------------------------------------------------
+        The v1 directories are made here rather than by the runtime alone, so that the common parent
+        cannot be removed by another run's end while the runtime makes its own.
+        """
+        made: list[Path] = []
+        try:
+            for top in self._tops:
+                _make(top / self.place[1:])
+                made.append(top / self.place[1:])
+        except SetupError:
+            # Only ours: what exists already may be another run that is alive.
+            for directory in made:
+                directory.rmdir()
+            raise
+        for name in LIMITS:
+            if name in self._v2:
+                self._pass_down(name)
+
+    def _pass_down(self, name: str) -> None:
+        relative = PurePosixPath(self.place[1:])
+        for path in (*reversed(relative.parents), relative):
+            control = self._root / path / "cgroup.subtree_control"
+            if name in control.read_text().split():
+                continue
+            try:
+                control.write_text(f"+{name}")
+            except OSError as error:
+                # EBUSY: a process is in that very cgroup; EINVAL: a real-time task (cpu).
+                self.unavailable[name] = f"+{name} > {control}: {error.strerror}"
+                return
 
     def remove(self) -> None:
         """Kill, see it empty, remove every directory. Raises SetupError if something stays."""
+        end = time.monotonic() + EMPTY_WITHIN
         if self.populated():
             self.kill()
             self.wait_empty(EMPTY_WITHIN)
-        for root in _roots(self._controllers, self.unified.parents[1]):
-            _remove_tree(root / self.place[1:])
-            with suppress(OSError):  # other runs are in there
-                (root / PARENT).rmdir()
+        for top in self._tops:
+            self._remove_tree(top / self.place[1:], end)
+            for parent in PurePosixPath(self.place[1:]).parents:
+                if parent.name:
+                    _remove_if_unused(top / parent)
 
-
-def _roots(controllers: Mapping[str, Path], unified: Path) -> list[Path]:
-    return list(dict.fromkeys([*controllers.values(), unified]))
-
-
-def _remove_tree(top: Path) -> None:
-    """rmdir deepest first; the kernel says EBUSY for a moment after the last process went."""
-    end = time.monotonic() + EMPTY_WITHIN
-    while True:
-        try:
-            for folder in cgroup_kill.subtree(top):
-                with suppress(FileNotFoundError):
+    def _remove_tree(self, directory: Path, end: float) -> None:
+        """rmdir deepest first; a process that is only in this hierarchy is killed first."""
+        while True:
+            try:
+                for folder in cgroup_kill.subtree(directory):
                     folder.rmdir()
+            except FileNotFoundError:
+                continue  # somebody else (gc, the runtime) removes it too: look again
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > end:
+                    left = ", ".join(map(str, sorted(cgroup_kill.procs(directory)))) or "none"
+                    raise SetupError(
+                        f"cannot remove {directory}: {error.strerror}; processes inside: {left}",
+                        hint="mis gc",
+                    ) from error
+                for pid in cgroup_kill.procs(directory):
+                    cgroup_kill.kill_member(pid, self.place)
+                time.sleep(cgroup_kill.SHORT_WAIT)
+            else:
+                return
+
+
+def _make(directory: Path) -> None:
+    """mkdir with parents, while ends of other runs remove those parents when they look unused."""
+    for _ in range(1000):
+        try:
+            if not directory.parent.is_dir():
+                _make_parent(directory.parent)
+            directory.mkdir()
+        except FileNotFoundError:
+            continue
         except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > end:
-                raise SetupError(f"cannot remove {top}: {error.strerror}", hint="mis gc") from error
-            time.sleep(cgroup_kill.SHORT_WAIT)
+            raise SetupError(
+                f"cannot make {directory}: {error.strerror}",
+                hint="mis gc" if error.errno == errno.EEXIST else "mis doctor",
+            ) from error
         else:
             return
+    raise SetupError(f"cannot make {directory}: its parent vanishes again and again")
 
 
-def _number(path: Path) -> int | None:
-    with suppress(OSError, ValueError):
-        return int(path.read_text())
-    return None
+def _make_parent(directory: Path) -> None:
+    if not directory.parent.is_dir():
+        _make_parent(directory.parent)
+    directory.mkdir(exist_ok=True)
 
 
-def _keyed(path: Path) -> dict[str, int]:
-    """A flat-keyed file ("key value" lines); empty when it is not there."""
-    found = {}
-    with suppress(OSError):
-        for line in path.read_text().splitlines():
-            key, _, value = line.partition(" ")
-            if value.isdecimal():
-                found[key] = int(value)
-    return found
-
-
-def _scaled(value: int | None, unit: float) -> float | None:
-    return None if value is None else value * unit
+def _remove_if_unused(directory: Path) -> None:
+    try:
+        directory.rmdir()
+    except OSError as error:
+        # In use by another run (cgroupfs says EBUSY), already removed, or systemd's own.
+        if error.errno not in (errno.EBUSY, errno.ENOTEMPTY, errno.ENOENT):
+            raise
 
 
 @contextmanager
-def create(run_id: str, host: Host) -> Iterator[Cgroup]:
-    """The run's identity directory, removed with everything in it on the way out.
+def create(run_id: str, host: Host, needs: Collection[str] = ()) -> Iterator[Cgroup]:
+    """The run's cgroup, removed with everything in it on the way out.
 
-    Raises SetupError.
+    ``needs`` names the limits (`LIMITS`) that must work: on cgroup v2 each is passed down the
+    tree, and a refusal ends the launch.  On a systemd host the cgroup is made in a delegated scope,
+    or with ``MIS_CGROUP=direct`` in the environment next to systemd's.  Raises SetupError.
     """
+    if not NAME.fullmatch(run_id):
+        raise SetupError(f"run id {run_id!r}: use letters, digits, '_' and '-'")
     if host.unified is None:
         raise SetupError("cgroup2 is not mounted", hint="mis doctor")
-    unified = host.unified / PARENT / run_id
-    group = Cgroup(run_id, unified, host.controllers)
-    for attempt in range(10):
-        try:
-            unified.parent.mkdir(exist_ok=True)
-            unified.mkdir()
-            break
-        except FileNotFoundError:  # another run's end removed the parent between the two lines
-            if attempt == 9:
-                raise SetupError(f"cannot make {unified}") from None
-        except OSError as error:
-            raise SetupError(
-                f"cannot make {unified}: {error.strerror}", hint="mis doctor"
-            ) from error
-    try:
+    parent = OURS
+    with ExitStack() as stack:
+        if host.systemd and os.environ.get("MIS_CGROUP") != "direct":
+            from mis_run.cgroup_systemd import scope
+
+            parent = stack.enter_context(scope(run_id, host.unified))
+        group = Cgroup(run_id, host.unified, host.controllers, parent)
+        group.make()
+        stack.callback(group.remove)
+        for name in needs:
+            if reason := group.unavailable.get(name):
+                raise SetupError(f"limit {name}: {reason}", hint="--allow-missing limits")
         yield group
-    finally:
-        group.remove()
 
 
-def gc(live: set[str]) -> list[str]:
-    """Kill and remove every run's cgroup that is not ``live``; returns their ids."""
+def gc(live_ids: Collection[str]) -> list[str]:
+    """Kill and remove the cgroup of every run that is not live; returns their ids.
+
+    Only names that a run can have are touched.  The caller holds `state.exclusive`, so no run can
+    begin between its look at the live ones and ours at the tree.
+    """
     _, unified, controllers = detect()
     if unified is None:
         return []
-    found: set[str] = set()
-    for root in _roots(controllers, unified):
-        with suppress(OSError):
-            found.update(entry.name for entry in os.scandir(root / PARENT) if entry.is_dir())
-    dead = sorted(found - live)
-    for run_id in dead:
-        Cgroup(run_id, unified / PARENT / run_id, controllers).remove()
-    return dead
+    dead: dict[str, set[PurePosixPath]] = {}
+    for top in dict.fromkeys([unified, *controllers.values()]):
+        for pattern in (f"{PARENT}/*", "mis.slice/mis-*.scope/*"):
+            for path in top.glob(pattern):
+                if path.is_dir() and RUN_ID.fullmatch(path.name) and path.name not in live_ids:
+                    parent = PurePosixPath("/", path.relative_to(top).parent)
+                    dead.setdefault(path.name, set()).add(parent)
+    for run_id, parents in dead.items():
+        for parent in parents:
+            Cgroup(run_id, unified, controllers, parent).remove()
+    return sorted(dead)

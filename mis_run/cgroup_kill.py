@@ -18,6 +18,15 @@ from pathlib import Path
 SHORT_WAIT = 0.001  # seconds between looks while the kernel holds a notification back
 
 
+def write(path: Path, content: str) -> None:
+    """Write to an existing file: with O_CREAT a missing one would be EACCES instead of ENOENT."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, content.encode())
+    finally:
+        os.close(fd)
+
+
 def subtree(top: Path) -> Iterator[Path]:
     """``top`` and the cgroups below it, deepest first; ones that vanish meanwhile are left out."""
     try:
@@ -84,7 +93,7 @@ def freeze(unified: Path, *, on: bool, timeout: float) -> bool:
     they run no instruction of their own until then, but False is returned.
     """
     try:
-        (unified / "cgroup.freeze").write_text("1" if on else "0")
+        write(unified / "cgroup.freeze", "1" if on else "0")
     except FileNotFoundError:
         return not on
     return wait_for(unified / "cgroup.events", f"frozen {on:d}", timeout)
@@ -98,20 +107,20 @@ def freeze_v1(freezer: Path, *, on: bool, timeout: float) -> bool:
     try:
         while True:
             # Written again on each turn: FREEZING can get stuck while tasks fork.
-            state.write_text(wanted)
+            write(state, wanted)
             if state.read_text().strip() == wanted:
                 return True
             if time.monotonic() > end:
                 return False
             time.sleep(SHORT_WAIT)
-    except (FileNotFoundError, OSError) as error:
-        if isinstance(error, FileNotFoundError) or error.errno == errno.ENODEV:
-            return not on
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return not on  # the cgroup is gone
         raise
 
 
 def kill_member(pid: int, place: str) -> None:
-    """SIGKILL ``pid`` if it is (still) below a cgroup path that contains ``place``.
+    """SIGKILL ``pid`` if it is (still) in the cgroup ``place`` (``/mis/<id>``) or below it.
 
     By pidfd, opened before looking at the membership: a reused number is never hit.
     """
@@ -120,8 +129,9 @@ def kill_member(pid: int, place: str) -> None:
     except ProcessLookupError:
         return
     try:
-        member = place in Path(f"/proc/{pid}/cgroup").read_text()
-        if member:
+        cgroups = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        # "in": a host's cgroup namespace may show more in front than we see below our mount.
+        if any(f"{place}/" in f"{line}/" for line in cgroups):
             signal.pidfd_send_signal(fd, signal.SIGKILL)
     except (ProcessLookupError, FileNotFoundError):
         return  # ended by itself between two lines

@@ -1,0 +1,78 @@
+"""A place in the cgroup tree that systemd leaves to us: a delegated scope per run.
+
+systemd is the single writer of the tree except below units with ``Delegate=yes``
+(systemd.resource-control(5), "Control Group APIs and Delegation").  A scope lives as long as a
+process is in it, so a holder (``cat`` on a pipe of ours) sits in a leaf of its own next to the
+run's cgroup; it ends when we close the pipe or die, and systemd then removes the scope once the
+agent is gone too.
+
+Not proven against a running systemd: the development machine has none.  The test replaces
+``systemd-run`` by a script that does what the manual says.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mis_run.errors import SetupError
+
+SLICE = "mis.slice"
+HOLDER = "holder"
+READY_WITHIN = 5.0  # seconds systemd gets to start the scope
+HINT = "see: systemctl status; or place cgroups without systemd: MIS_CGROUP=direct mis-run …"
+
+
+def command(run_id: str) -> list[str]:
+    """What is executed, for one run."""
+    return [
+        *("systemd-run", "--scope", "--quiet", "--collect", f"--unit=mis-{run_id}.scope"),
+        *(f"--slice={SLICE}", "--property=Delegate=yes", "--", "cat"),
+    ]
+
+
+@contextmanager
+def scope(run_id: str, unified: Path) -> Iterator[PurePosixPath]:
+    """Yield the path (from the root of the ``unified`` mount) of a scope that is ours to fill.
+
+    Raises SetupError when systemd-run is missing, fails, or does not answer.
+    """
+    import subprocess
+
+    argv = command(run_id)
+    try:
+        holder = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+    except FileNotFoundError as error:
+        raise SetupError("this is a systemd host without systemd-run", hint=HINT) from error
+    try:
+        path = _wait(holder, f"mis-{run_id}.scope", argv)
+        # A cgroup with controllers for its children must hold no process itself.
+        leaf = unified / path.relative_to("/") / HOLDER
+        try:
+            leaf.mkdir()
+            (leaf / "cgroup.procs").write_text(str(holder.pid))
+        except OSError as error:
+            raise SetupError(f"cannot use scope {path}: {error.strerror}", hint=HINT) from error
+        yield path
+    finally:
+        holder.communicate()  # closes its input, which ends it
+
+
+def _wait(holder: Any, unit: str, argv: list[str]) -> PurePosixPath:
+    end = time.monotonic() + READY_WITHIN
+    while holder.poll() is None and time.monotonic() < end:
+        for line in Path(f"/proc/{holder.pid}/cgroup").read_text().splitlines():
+            path = PurePosixPath(line.partition("::")[2] or "/")
+            if line.startswith("0::") and path.name == unit:
+                return path
+        time.sleep(0.002)
+    if holder.poll() is None:
+        holder.kill()
+        raise SetupError(f"{' '.join(argv)}: not in {unit} after {READY_WITHIN:g} s", hint=HINT)
+    said = holder.stderr.read().decode(errors="replace").strip() if holder.stderr else ""
+    raise SetupError(f"{' '.join(argv)}: exit {holder.returncode}: {said}", hint=HINT)
