@@ -55,7 +55,6 @@ class Inside:
     seccomp: Mapping[str, Any]
     hidden: Sequence[tuple[str, bool]] = ()  # (path inside a bind, is a folder)
     protected: Sequence[str] = ()  # existing paths to make read-only inside writable binds
-    extra: Sequence[str] = ()  # separate file systems of the host shown read-only
     swap: bool = True  # whether the kernel accounts swap for a cgroup
     device: str | None = None  # MAJOR:MINOR of the disk that holds the workspace
     files: int = FILES  # our own hard limit of descriptors: raising it takes CAP_SYS_RESOURCE
@@ -119,8 +118,7 @@ def mounts(plan: Plan, inside: Inside) -> list[dict[str, Any]]:
     if plan.host.cgroup == "v2":
         # Programs read their own limits here; in hybrid mode it would be a dozen mounts.
         found.append(_mount("/sys/fs/cgroup", "cgroup", "cgroup", *quiet, "ro"))
-    layers = [_bind(path, path, "ro", nested=False) for path in inside.extra]
-    layers.append(_bind(plan.cwd, plan.cwd, "rw"))
+    layers = [_bind(plan.cwd, plan.cwd, "rw")]
     layers += [
         _bind(bind.source, bind.target, "ro" if bind.readonly else "rw") for bind in plan.binds
     ]

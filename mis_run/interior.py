@@ -50,7 +50,6 @@ def describe(
         seccomp=seccomp.profile(),
         hidden=rootfs.hidden(plan),
         protected=rootfs.protected(plan),
-        extra=rootfs.separate(plan.host) if plan.rootfs is None else (),
         # cgroup v1 kernels booted with swapaccount=0 refuse memory.memsw.
         swap=v1_memory is None or v1_memory == plan.host.unified or MEMSW.exists(),
         device=f"{os.major(workspace.st_dev)}:{os.minor(workspace.st_dev)}",

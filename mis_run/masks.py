@@ -10,11 +10,10 @@ from __future__ import annotations
 import fnmatch
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MOST_LINKS = 40  # as the kernel's own limit, path_resolution(7)
-LISTENING = "00010000"  # __SO_ACCEPTCON in the Flags column of /proc/net/unix, proc_net(5)
 
 
 def resolve(root: str, path: str) -> str:
@@ -105,22 +104,3 @@ def inside(source: str, target: str, patterns: Sequence[str]) -> dict[str, bool]
         if rest and all(map(fnmatch.fnmatchcase, where, head)):
             wanted.append("/" + "/".join(rest))
     return {f"{target.rstrip('/')}{path}": kind for path, kind in find_all(source, wanted).items()}
-
-
-def sockets(table: Path = Path("/proc/net/unix")) -> list[str]:
-    """Paths at which programs of the host listen: a file system shared with them is a way in.
-
-    An overlay over it is not: its inodes are its own, so connecting is refused (unix(7),
-    unix_find_bsd in net/unix/af_unix.c since Linux 4.19).
-    """
-    found = []
-    for line in _lines(table):
-        fields = line.split(None, 7)
-        if len(fields) == 8 and fields[3] == LISTENING and fields[7].startswith("/"):
-            found.append(fields[7].rstrip("\n"))
-    return found
-
-
-def _lines(table: Path) -> Iterator[str]:
-    with table.open(encoding="utf-8", errors="surrogateescape") as lines:
-        yield from lines

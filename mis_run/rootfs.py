@@ -1,7 +1,9 @@
 """The agent's root: the host's (or ``--rootfs``) read-only, under a layer that is thrown away.
 
 What the agent must not see is covered in the upper layer before the overlay exists: an opaque
-folder or an empty file there replaces the host's own, with no mount that could be missed.
+folder or an empty file there replaces the host's own, with no mount that could be missed.  Nor can
+the host's sockets be reached through it: an overlay's inodes are its own, so connecting to a path
+that a service bound below is refused (unix(7); net/unix/af_unix.c, unix_find_bsd).
 All mounts are made in a mount namespace of the supervisor's own (`isolate`), so they are invisible
 to the host and end with the last process that uses them, even after a SIGKILL.
 Out of scope: what is mounted inside the container (`bundle`).
@@ -12,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mis_run import masks
@@ -34,6 +36,7 @@ NO_HOMES = frozenset(
     {"/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/nonexistent", "/opt", "/proc", "/run"}
     | {"/sbin", "/srv", "/sys", "/tmp", "/usr", "/usr/bin", "/usr/sbin", "/var", "/var/lib"}
 )
+QUIET = libc.MS_NOSUID | libc.MS_NODEV
 DEFAULT_LAYER = 1 << 30  # bytes of the throw-away layer when the profile gives no size
 
 
@@ -70,41 +73,50 @@ def mount(plan: Plan, folder: Path, etc: Mapping[str, str]) -> Iterator[Path]:
     ``etc`` are files of the agent's own ``/etc`` (``resolv.conf``, ``hosts``, ``hostname``).
     The layer holds at most ``limits.scratch`` bytes.  Raises SetupError.
     """
-    layer, merged = folder / "layer", folder / "root"
     lower = plan.rootfs or Path("/")
     if not lower.is_dir():
         raise SetupError(
             f"--rootfs {lower}: no such folder",
             hint="name a folder with a root file system, as debootstrap makes one",
         )
+    layer, merged = folder / "layer", folder / "root"
     layer.mkdir()
     merged.mkdir()
-    size = f"size={plan.limits.scratch or DEFAULT_LAYER},mode=700"
-    try:
-        libc.mount("tmpfs", str(layer), "tmpfs", libc.MS_NOSUID | libc.MS_NODEV, size)
-    except OSError as error:
-        raise SetupError(f"cannot mount the throw-away layer: {error.strerror}") from error
-    try:
-        (layer / "work").mkdir()
+    with ExitStack() as stack:
+        size = f"size={plan.limits.scratch or DEFAULT_LAYER},mode=700"
+        _mount("the throw-away layer", "tmpfs", layer, QUIET, size, kind="tmpfs")
+        stack.callback(libc.umount, str(layer), libc.MNT_DETACH)
         try:
-            prepare(Layer(lower, layer / "upper"), plan, etc)
+            layers = Layers(lower, layer, separate(plan.host) if plan.rootfs is None else [])
+            layers.prepare(plan, etc)
         except OSError as error:
             raise SetupError(f"cannot prepare the throw-away layer: {error}") from error
-        data = f"lowerdir={_escape(lower)},upperdir={layer}/upper,workdir={layer}/work"
-        try:
-            libc.mount("overlay", str(merged), "overlay", libc.MS_NODEV | libc.MS_NOSUID, data)
-        except OSError as error:
-            raise SetupError(
-                f"cannot lay an overlay over {lower}: {error.strerror}",
-                hint="see `dmesg | tail`; an overlay may lie on at most one other overlay, and "
-                "some file systems cannot lie below one: try --rootfs DIR on ext4, xfs or btrfs",
-            ) from error
-        try:
-            yield merged
-        finally:
-            libc.umount(str(merged), libc.MNT_DETACH)
-    finally:
-        libc.umount(str(layer), libc.MNT_DETACH)
+        for point, upper in layers.uppers.items():
+            source, target = Path(f"{layers.lower}{point}" or "/"), Path(f"{merged}{point}")
+            if source.is_dir():
+                work = upper.with_name(f"{upper.name}.work")
+                data = f"lowerdir={_escape(source)},upperdir={upper},workdir={work}"
+                _mount(str(source), "overlay", target, QUIET, data, kind="overlay")
+            else:  # one file bound from elsewhere, as container engines do for drivers
+                _mount(str(source), str(source), target, libc.MS_BIND)
+                flags = libc.MS_BIND | libc.MS_REMOUNT | libc.MS_RDONLY | QUIET
+                _mount(str(source), "none", target, flags)
+            stack.callback(libc.umount, str(target), libc.MNT_DETACH)
+        yield merged
+
+
+def _mount(
+    what: str, source: str, target: Path, flags: int, data: str = "", *, kind: str = ""
+) -> None:
+    try:
+        libc.mount(source, str(target), kind, flags, data)
+    except OSError as error:
+        words = f"an overlay over {what}" if kind == "overlay" else what
+        raise SetupError(
+            f"cannot mount {words}: {error.strerror}",
+            hint="see `dmesg | tail`; an overlay may lie on at most one other overlay, and some "
+            "file systems cannot lie below one: try --rootfs DIR on ext4, xfs or btrfs",
+        ) from error
 
 
 def _escape(path: Path) -> str:
@@ -115,61 +127,88 @@ def _escape(path: Path) -> str:
     return text
 
 
-class Layer:
-    """The upper layer while it is being written, before it is part of an overlay."""
+class Layers:
+    """The upper layers while they are written, before they are part of overlays.
 
-    def __init__(self, lower: Path, upper: Path) -> None:
+    One lies over ``lower`` itself and one over each of ``points``, its separate file systems;
+    ``uppers`` is their folders by mount point (``""`` is the root), outer ones first.
+    """
+
+    def __init__(self, lower: Path, folder: Path, points: Sequence[str]) -> None:
         self.lower = "" if lower == Path("/") else os.fspath(lower)
-        self.upper = os.fspath(upper)
-        Path(upper).mkdir()
-        shutil.copystat(lower, upper)
+        self.folder = folder
+        self.uppers: dict[str, Path] = {}
+        for point in ("", *sorted(points)):
+            self._add(point)
 
-    def _parents(self, path: str) -> None:
-        """The folders above ``path`` with the owner and mode of those they lie over."""
-        for parent in list(Path(path).parents)[-2::-1]:
-            above, below = f"{self.upper}{parent}", f"{self.lower}{parent}"
-            if os.path.lexists(above):
-                continue
-            Path(above).mkdir()
-            if Path(below).is_dir():
-                facts = Path(below).stat()
-                os.chown(above, facts.st_uid, facts.st_gid)
-                shutil.copystat(below, above)
+    def _add(self, point: str) -> None:
+        upper = self.folder / str(len(self.uppers))
+        source = Path(f"{self.lower}{point}" or "/")
+        self.uppers[point] = upper
+        upper.with_name(f"{upper.name}.work").mkdir()
+        upper.mkdir()
+        if source.is_dir():
+            _like(source, upper)
 
-    def folder(self, path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
+    def _place(self, path: str) -> str:
+        """Where ``path`` lies in the upper layer it belongs to, with the folders above it made
+        as they are in the layer below: the upper one's owner and mode are what counts."""
+        point = max((p for p in self.uppers if _within(path, p)), key=len)
+        upper, inside = self.uppers[point], path[len(point) :]
+        for parent in list(Path(inside).parents)[-2::-1]:
+            above, below = Path(f"{upper}{parent}"), Path(f"{self.lower}{point}{parent}")
+            if not os.path.lexists(above):
+                above.mkdir()
+                if below.is_dir():
+                    _like(below, above)
+        return f"{upper}{inside}"
+
+    def folder_at(self, path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
         """An empty folder in place of what is at ``path``, whatever that is."""
         path = masks.resolve(self.lower, path)
-        self._parents(path)
-        here = Path(f"{self.upper}{path}")
+        # A separate file system there or below is covered by simply not being mounted.
+        for point in [p for p in self.uppers if p and _within(p, path)]:
+            del self.uppers[point]
+        here = Path(self._place(path))
         here.mkdir(exist_ok=True)
         # Opaque: overlayfs does not merge it with the lower folder (overlayfs.rst).
         os.setxattr(here, "trusted.overlay.opaque", b"y")
         os.chown(here, uid, gid)
         here.chmod(mode)
 
-    def file(self, path: str, text: str = "") -> None:
-        """A file with this text in place of what is at ``path``; links there are replaced."""
+    def file_at(self, path: str, text: str = "") -> None:
+        """A file with this text in place of what is at ``path``; a link there is replaced."""
         folder, _, name = path.rpartition("/")
         path = f"{masks.resolve(self.lower, folder).rstrip('/')}/{name}"
-        self._parents(path)
-        here = Path(f"{self.upper}{path}")
+        self.uppers.pop(path, None)
+        here = Path(self._place(path))
         here.write_text(text)
         here.chmod(0o444)
 
+    def prepare(self, plan: Plan, etc: Mapping[str, str]) -> None:
+        """Write everything that the agent finds instead of the host's."""
+        for path, is_folder in masks.find_all(self.lower, plan.masked).items():
+            if is_folder:
+                self.folder_at(path, 0o755)
+            else:
+                self.file_at(path)
+        for path, mode in FRESH.items():
+            self.folder_at(path, mode)
+        if has_home(plan.user):
+            self.folder_at(plan.user.home, 0o700, plan.user.uid, plan.user.gid)
+        for name, text in etc.items():
+            self.file_at(f"/etc/{name}", text)
 
-def prepare(layer: Layer, plan: Plan, etc: Mapping[str, str]) -> None:
-    """Write everything into the upper layer that the agent finds instead of the host's."""
-    for path, is_folder in masks.find_all(layer.lower, plan.masked).items():
-        if is_folder:
-            layer.folder(path, 0o755)
-        else:
-            layer.file(path)
-    for path, mode in FRESH.items():
-        layer.folder(path, mode)
-    if has_home(plan.user):
-        layer.folder(plan.user.home, 0o700, plan.user.uid, plan.user.gid)
-    for name, text in etc.items():
-        layer.file(f"/etc/{name}", text)
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def _like(source: Path, target: Path) -> None:
+    """Give ``target`` the owner, mode, times and attributes of ``source``."""
+    facts = source.stat()
+    os.chown(target, facts.st_uid, facts.st_gid)
+    shutil.copystat(source, target)
 
 
 def has_home(user: User) -> bool:
@@ -204,21 +243,14 @@ def separate(host: Host) -> list[str]:
 def hidden(plan: Plan) -> list[tuple[str, bool]]:
     """(path, is a folder) of what must be covered by mounts: masked paths inside binds.
 
-    The throw-away layer covers everything else (`prepare`).  In the host's own file systems that
-    includes the sockets of its services, which a bind would leave within reach.
+    The throw-away layer covers everything else (`Layers.prepare`).
     """
     binds = {str(plan.cwd): str(plan.cwd)} | {str(b.target): str(b.source) for b in plan.binds}
-    shared = separate(plan.host) if plan.rootfs is None else []
     found: dict[str, bool] = {}
     for target, source in binds.items():
         if Path(source).is_dir():
             found |= masks.inside(source, target, plan.masked)
-    if shared:
-        patterns = (*plan.masked, *masks.sockets())
-        for point in shared:
-            found |= masks.inside(point, point, patterns)
-    named = {*binds, *shared}
-    return sorted((path, folder) for path, folder in found.items() if path not in named)
+    return sorted((path, folder) for path, folder in found.items() if path not in binds)
 
 
 def protected(plan: Plan) -> list[str]:

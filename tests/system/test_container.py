@@ -97,7 +97,6 @@ def container(spec: dict[str, Any]) -> Iterator[runtime.Box]:
             seccomp=seccomp.profile(),
             hidden=rootfs.hidden(plan),
             protected=rootfs.protected(plan),
-            extra=rootfs.separate(plan.host) if plan.rootfs is None else (),
             files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         )
         config = bundle.config(plan, inside)
@@ -465,6 +464,41 @@ def test_host_sockets_cannot_be_reached(workspace: Path, on_root: Path) -> None:
         python(
             connect.format("/srv/service.sock"), workspace, binds=[(str(on_root), "/srv", False)]
         )
+
+
+def test_separate_file_systems(workspace: Path, on_root: Path) -> None:
+    """A file system of its own below /opt, and a single file bound there, are seen, masked and
+    written to as the rest is."""
+    elsewhere, place = on_root / "elsewhere", Path(tempfile.mkdtemp(prefix="mis-test-", dir="/opt"))
+    (elsewhere / "keys").mkdir(parents=True)
+    (elsewhere / "keys" / "id").write_text("secret")
+    for name in ("tool", "token"):
+        (elsewhere / name).write_text(name)
+    (on_root / "driver").write_text("driver")
+    (place / "driver").touch()
+    (place / "fs").mkdir()
+    place.chmod(0o755)
+    script = f"cd {place}; cat fs/tool fs/token fs/keys/id driver; echo x > fs/new; rm fs/tool; "
+    script += "! echo x > driver"
+    mount = f"mount --bind {elsewhere} {place}/fs; mount --bind {on_root}/driver {place}/driver"
+    try:
+        for masked, seen in (([], "tooltokensecretdriver"), (["fs/keys", "fs/tok*"], "tooldriver")):
+            command = argv(
+                *("sh", "-c", script),
+                cwd=workspace,
+                uid=0,
+                masked=[f"{place}/{pattern}" for pattern in masked],
+            )
+            done = subprocess.run(
+                ["unshare", "-m", "sh", "-ec", f'{mount}; exec "$@"', "sh", *command],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.stdout == seen, done.stderr
+        assert sorted(os.listdir(elsewhere)) == ["keys", "token", "tool"]
+    finally:
+        shutil.rmtree(place)
 
 
 def test_other_rootfs(workspace: Path, tmp_path: Path) -> None:
