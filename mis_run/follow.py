@@ -117,7 +117,7 @@ class Follower:
             if change is None:
                 continue
             self.record.write(change.event)
-            if change.level == 1:
+            if change.kills:
                 self.kill(Ending("DEFCON 1: killed for its violations", Emergency.exit_code))
 
     def emit_soon(self, event: Event) -> None:

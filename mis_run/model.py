@@ -121,6 +121,7 @@ class Defcon:
     delays: tuple[float, float, float] = (0.0001, 0.001, 0.01)
     decay: float = 60.0
     weights: Mapping[str, int] = field(default_factory=dict)  # event kind → violations it counts
+    effects: Mapping[str, int] = field(default_factory=dict)  # effect → level, `defcon.EFFECTS`
     act: bool = True  # False: count and report only
 
 

@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from mis_run import model, units
+from mis_run.defcon import EFFECTS
 from mis_run.errors import ProfileError, UsageError
 from mis_run.events import Guarantee
 from mis_run.sets import SETS, named
@@ -164,6 +165,13 @@ def _weights(value: Any) -> dict[str, int]:
     return {_text(kind): _whole(0, 1000)(weight) for kind, weight in value.items()}
 
 
+def _effects(value: Any) -> dict[str, int]:
+    if not isinstance(value, dict):
+        raise UsageError("must be a table of effect = level")
+    read_name, read_level = _choice([*EFFECTS], str), _whole(0, 4)
+    return {read_name(name): read_level(level) for name, level in value.items()}
+
+
 def _guarantees(value: Any) -> frozenset[Guarantee]:
     return frozenset(_list(_choice([g.value for g in Guarantee], Guarantee))(value))
 
@@ -238,6 +246,11 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = {
         "delays": Key(_delays, "how late denials are answered at levels 4, 3 and 2", "3 times"),
         "decay": Key(_TIME, "the count halves after this long without a violation", "time"),
         "weights": Key(_weights, "violations one event counts as, by kind", "table"),
+        "effects": Key(
+            _effects,
+            "level at which each effect begins, 0 for never: " + ", ".join(EFFECTS),
+            "table",
+        ),
         "act": Key(_flag, "false: count and report only", "true or false"),
     },
     "liveness": {
@@ -388,10 +401,11 @@ def render(profile: model.Profile) -> str:
     }
     for section, values in sections.items():
         shown = {key: value for key, value in values.items() if value is not None}
-        weights = shown.pop("weights", None)
+        tables = {name: shown.pop(name, None) for name in ("weights", "effects")}
         lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in shown.items())]
-        if weights:
-            lines += [f"[{section}.weights]", *(f"{_toml(k)} = {v}" for k, v in weights.items())]
+        for name, table in tables.items():
+            if table:
+                lines += [f"[{section}.{name}]", *(f"{_toml(k)} = {v}" for k, v in table.items())]
     return "\n".join(lines) + "\n"
 
 
