@@ -1,13 +1,15 @@
 """Between the person's terminal and the agent's: raw bytes both ways, sizes, and restoration.
 
 The agent gets a pseudo-terminal of its own, never ours: with ours it could push characters into
-the shell we return to (TIOCSTI) or leave it unusable.
+the shell we return to (TIOCSTI) or leave it unusable.  Nothing here blocks, however slowly the
+person's terminal takes its output or the agent its input: the loop also answers guards.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import select
 import sys
 import termios
 import tty
@@ -16,7 +18,94 @@ from contextlib import contextmanager, suppress
 
 from mis_run.supervise import Loop
 
-CHUNK = 64 << 10
+CHUNK = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking, pipe(7)
+RETRY = 0.005  # seconds between attempts to write to somebody who does not take it
+LAST = 2.0  # seconds for what the agent wrote before its end
+
+
+class _Flow:
+    """Bytes from ``source`` to ``target``; nothing more is read while some wait to be written."""
+
+    def __init__(self, loop: Loop, source: int, target: int) -> None:
+        self._loop = loop
+        self._source = source
+        self._target = target
+        self._waiting = b""
+        self._reading = False
+        self.ended = False
+        self.resume()
+
+    def resume(self) -> None:
+        """Read from the source whenever there is something."""
+        if not self._reading and not self.ended:
+            self._loop.add(self._source, self._arrived)
+            self._reading = True
+
+    def pause(self) -> None:
+        """Leave the source alone."""
+        if self._reading:
+            self._loop.remove(self._source)
+            self._reading = False
+
+    def _arrived(self) -> None:
+        try:
+            data = os.read(self._source, CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:  # EIO: the other end of the terminal is gone
+            data = b""
+        if not data:
+            self.pause()
+            self.ended = True
+            return
+        self._waiting = data
+        self._write()
+
+    def _write(self) -> None:
+        if self.ended:  # a timer that was set before the end
+            return
+        self.push()
+        if self._waiting:
+            self.pause()
+            self._loop.after(RETRY, self._write)
+        else:
+            self.resume()
+
+    def push(self) -> bool:
+        """Write what can be written now; False when the target took nothing."""
+        if not self._waiting or not _writable(self._target, 0):
+            return False
+        try:
+            written = os.write(self._target, self._waiting)
+        except BlockingIOError:
+            return False
+        except OSError:  # nobody is there any more to see it
+            written = len(self._waiting)
+        self._waiting = self._waiting[written:]
+        return True
+
+    def finish(self, seconds: float) -> None:
+        """Bring over what is still there, waiting at most ``seconds`` for the target to take it."""
+        self.pause()
+        tries = int(seconds / RETRY)
+        while tries > 0:
+            if not self._waiting:
+                try:
+                    self._waiting = os.read(self._source, CHUNK)
+                except OSError:  # EIO or EAGAIN: that was all
+                    break
+                if not self._waiting:
+                    break
+            if not self.push():
+                _writable(self._target, RETRY)
+                tries -= 1
+        self.ended = True
+
+
+def _writable(fd: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(seconds * 1000))
 
 
 @contextmanager
@@ -29,53 +118,41 @@ def relay(loop: Loop, master: int | None) -> Iterator[Callable[[], None]]:
     if master is None:
         yield lambda: None
         return
-    stdin, stdout = sys.stdin.fileno(), sys.stdout.fileno()
+    stdin = sys.stdin.fileno()
     before = termios.tcgetattr(stdin)
     os.set_blocking(master, False)
+    stdout, opened = _without_blocking(sys.stdout.fileno())
 
     def resize() -> None:
         with suppress(OSError):  # the agent's end may be closed already
-            fcntl.ioctl(
-                master, termios.TIOCSWINSZ, fcntl.ioctl(stdin, termios.TIOCGWINSZ, b"8" * 8)
-            )
-
-    def from_agent() -> None:
-        try:
-            data = os.read(master, CHUNK)
-        except BlockingIOError:
-            return
-        except OSError:  # EIO: the last process on the other end is gone
-            data = b""
-        if not data:
-            loop.remove(master)
-            return
-        _write_all(stdout, data)
-
-    def from_person() -> None:
-        data = os.read(stdin, CHUNK)
-        if not data:
-            loop.remove(stdin)
-            return
-        # A paste larger than the agent reads is dropped at the tty's own limit, as the kernel does.
-        with suppress(BlockingIOError, OSError):
-            os.write(master, data)
+            size = fcntl.ioctl(stdin, termios.TIOCGWINSZ, bytes(8))
+            fcntl.ioctl(master, termios.TIOCSWINSZ, size)
 
     resize()
     tty.setraw(stdin, termios.TCSADRAIN)
-    loop.add(master, from_agent)
-    loop.add(stdin, from_person)
+    from_agent = from_person = None
     try:
+        from_agent = _Flow(loop, master, stdout)
+        from_person = _Flow(loop, stdin, master)
         yield resize
     finally:
-        loop.remove(stdin)
-        loop.remove(master)
-        with suppress(OSError):
-            while data := os.read(master, CHUNK):
-                _write_all(stdout, data)
+        if from_person:
+            from_person.pause()
+            from_person.ended = True
+        if from_agent:
+            from_agent.finish(LAST)
         termios.tcsetattr(stdin, termios.TCSADRAIN, before)
+        if opened:
+            os.close(stdout)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+def _without_blocking(fd: int) -> tuple[int, bool]:
+    """A descriptor for the same terminal whose writes do not block, and whether it is a new one.
+
+    Not O_NONBLOCK on ``fd`` itself: the shell we came from shares that.
+    """
+    try:
+        name = os.ttyname(fd)
+        return os.open(name, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC), True
+    except OSError:  # a pipe, a file, or a terminal of another mount namespace: poll must do
+        return fd, False

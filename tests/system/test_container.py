@@ -354,6 +354,50 @@ def test_terminal(workspace: Path) -> None:
     os.close(slave)
 
 
+BULK = """
+import hashlib, os, sys, tty
+tty.setraw(0)
+os.write(1, b"ready")
+data = b""
+while len(data) < 200000:
+    data += os.read(0, 65536)
+for _ in range(100):
+    os.write(1, b"x" * 4000)
+os.write(1, b"sum " + hashlib.sha256(data).hexdigest().encode())
+"""
+
+
+def test_terminal_loses_nothing(workspace: Path) -> None:
+    """A large paste and a large output come through whole, though neither side takes it at once."""
+    import hashlib
+    import pty
+
+    paste = os.urandom(100_000).hex().encode()
+    master, slave = pty.openpty()
+    agent = subprocess.Popen(
+        argv("/usr/bin/python3", "-c", BULK, cwd=workspace, tty=True),
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    )
+    os.close(slave)
+    seen = os.read(master, 65536)
+    while not seen.endswith(b"ready"):
+        seen += os.read(master, 65536)
+    rest = memoryview(paste)
+    while rest:
+        rest = rest[os.write(master, rest[:50_000]) :]
+    time.sleep(0.5)  # nobody reads: the relay has to wait, not to drop
+    out = b""
+    with suppress(OSError):  # EIO when the agent and the relay are gone
+        while data := os.read(master, 65536):
+            out += data
+    assert agent.wait(20) == 0
+    assert out == b"x" * 400_000 + b"sum " + hashlib.sha256(paste).hexdigest().encode()
+    os.close(master)
+
+
 # ---- files ----------------------------------------------------------------------------------
 
 
