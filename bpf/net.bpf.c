@@ -371,6 +371,13 @@ static __always_inline int packet_verdict(struct act *act, int good)
 	return conclude(act, good, 1) ? XDP_PASS : XDP_DROP;
 }
 
+/* Dropped in every mode, and counted: what cannot be read cannot be judged. */
+static __always_inline int unreadable(struct act *act)
+{
+	conclude(act, 0, 1);
+	return XDP_DROP;
+}
+
 /* TCP or UDP at `cursor`, to act->to.address; anything else is not allowed. */
 static __always_inline int transport(struct act *act, void *cursor, void *end)
 {
@@ -392,7 +399,7 @@ static __always_inline int packet4(void *cursor, void *end, struct act *act)
 	int good;
 
 	if ((void *)(ip + 1) > end || !set)
-		return XDP_DROP;
+		return unreadable(act);
 	act->hook = MIS_PACKET4;
 	act->family = AF_INET;
 	act->protocol = ip->protocol;
@@ -413,7 +420,7 @@ static __always_inline int packet6(void *cursor, void *end, struct act *act)
 	int good;
 
 	if ((void *)(ip + 1) > end || !set)
-		return XDP_DROP;
+		return unreadable(act);
 	act->hook = MIS_PACKET6;
 	act->family = AF_INET6;
 	act->protocol = ip->nexthdr; /* an extension header is not TCP or UDP: dropped */
@@ -432,14 +439,13 @@ int mis_xdp(struct xdp_md *ctx)
 	struct act act = { .hook = MIS_PACKET_OTHER, .bytes = ctx->data_end - ctx->data };
 
 	if ((void *)(ethernet + 1) > end)
-		return XDP_DROP;
+		return unreadable(&act);
 	if (ethernet->h_proto == bpf_htons(ETH_P_IP))
 		return packet4(ethernet + 1, end, &act);
 	if (ethernet->h_proto == bpf_htons(ETH_P_IPV6))
 		return packet6(ethernet + 1, end, &act);
 	/* ARP included: both ends have permanent neighbour entries. */
-	conclude(&act, 0, 1);
-	return XDP_DROP;
+	return unreadable(&act);
 }
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
