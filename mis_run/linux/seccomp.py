@@ -93,22 +93,19 @@ def available(action: int) -> bool:
     return True
 
 
-def waiting(listener: int) -> bool:
-    """Whether a receive would find a notification. False also when the listener is dead."""
+def state(listener: int) -> tuple[bool, bool]:
+    """(a receive would find a notification, no process uses the filter any more).
+
+    The second is POLLHUP, Linux 5.8 and later: nothing will ever come again.
+    """
     poll = select.poll()
     poll.register(listener, select.POLLIN)
-    return any(what & select.POLLIN for _, what in poll.poll(0))
-
-
-def abandoned(listener: int) -> bool:
-    """Whether no process uses the filter any more (POLLHUP, Linux 5.8): nothing will ever come."""
-    poll = select.poll()
-    poll.register(listener, select.POLLIN)
-    return any(what & select.POLLHUP for _, what in poll.poll(0))
+    what = sum(bits for _, bits in poll.poll(0))
+    return bool(what & select.POLLIN), bool(what & select.POLLHUP)
 
 
 def receive(listener: int) -> Notification | None:
-    """Take the next notification; call only after `waiting` said yes, because this blocks.
+    """Take the next notification; call only after `state` said yes, because this blocks.
 
     None when its caller died in between (ENOENT) or a signal came (EINTR).  One reader per
     listener: with two, the slower one would block here.  Raises OSError otherwise.
