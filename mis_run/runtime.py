@@ -28,6 +28,7 @@ from mis_run.model import Finding
 CREATE = 30.0  # seconds a runtime may take to create a container on a loaded machine
 HINTS = {
     "read-only file system": "are we in a container? it needs --privileged and writable cgroups",
+    "setrlimit": "CAP_SYS_RESOURCE is missing: crun cannot do without it, runc can (MIS_RUNTIME=runc)",
     "operation not permitted": "run as root; inside a container that takes --privileged",
     "seccomp": "the runtime must be built with seccomp, and the kernel have CONFIG_SECCOMP_FILTER",
     "cgroup": "mis doctor shows which cgroups can be used",
@@ -144,7 +145,7 @@ def _words(log: Path) -> str:
 def _hint(words: str) -> str:
     """The next step for what runtimes commonly say."""
     for part, hint in HINTS.items():
-        if part in words:
+        if part in words.lower():
             return hint
     return "mis doctor"
 
