@@ -7,6 +7,7 @@ then tried.  Out of scope: the cgroup of a run (`cgroup`).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,8 @@ LIMITS = ("memory", "cpu", "pids", "io")
 """What limits are made of, by their v2 names; v1 calls ``io`` ``blkio``."""
 
 V1_NAMES: Mapping[str, str] = {"io": "blkio"}
+
+ESCAPED = re.compile(r"\\([0-7]{3})")  # blank, tab, newline and backslash in a mountinfo path
 
 Detected = tuple[str, Path | None, dict[str, Path]]
 
@@ -56,7 +59,7 @@ def _mounts(text: str) -> list[tuple[Path, str, str]]:
     for line in text.splitlines():
         before, _, after = line.partition(" - ")
         kind, _, options = after.partition(" ")
-        point = Path(before.split(" ")[4].encode().decode("unicode_escape"))
+        point = Path(ESCAPED.sub(lambda octal: chr(int(octal[1], 8)), before.split(" ")[4]))
         found.pop(point, None)  # a later mount on the same point hides the earlier one
         if kind in ("cgroup", "cgroup2"):
             found[point] = (kind, options.rpartition(" ")[2])
