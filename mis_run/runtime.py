@@ -28,7 +28,7 @@ from mis_run.model import Finding
 CREATE = 30.0  # seconds a runtime may take to create a container on a loaded machine
 HINTS = {
     "read-only file system": "are we in a container? it needs --privileged and writable cgroups",
-    "setrlimit": "CAP_SYS_RESOURCE is missing: crun cannot do without it, runc can (MIS_RUNTIME=runc)",
+    "setrlimit": "CAP_SYS_RESOURCE is missing; runc does without it: MIS_RUNTIME=runc",
     "operation not permitted": "run as root; inside a container that takes --privileged",
     "seccomp": "the runtime must be built with seccomp, and the kernel have CONFIG_SECCOMP_FILTER",
     "cgroup": "mis doctor shows which cgroups can be used",

@@ -33,7 +33,7 @@ ALLOWED = frozenset(
     mq_open mq_timedreceive mq_timedsend mq_unlink mremap mseal msgctl msgget msgrcv msgsnd msync
     munlock munlockall munmap nanosleep newfstatat open openat openat2 pause pidfd_open
     pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll prctl pread64
-    preadv preadv2 prlimit64 process_mrelease pselect6 pwrite64 pwritev pwritev2 read readahead
+    preadv preadv2 process_mrelease pselect6 pwrite64 pwritev pwritev2 read readahead
     readlink readlinkat readv recvfrom recvmmsg recvmsg remap_file_pages removexattr
     removexattrat rename renameat renameat2 restart_syscall rmdir rseq rt_sigaction
     rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
@@ -72,6 +72,9 @@ def conditional() -> list[dict[str, Any]]:
         *(_allow("socket", _argument(0, family, "EQ")) for family in (AF_UNIX, AF_INET, AF_INET6)),
         _allow("socket", _argument(0, AF_NETLINK, "EQ"), _argument(2, NETLINK_ROUTE, "EQ")),
         _allow("clone", _argument(0, 0, "MASKED_EQ", CLONE_NEW_ANY)),
+        # Its own limits only: prlimit(2) of another process asks for nothing but the same user, and
+        # our init has it.
+        _allow("prlimit64", _argument(0, 0, "EQ")),
         # What moby allows: PER_LINUX, PER_LINUX32, UNAME26, both, and asking.
         *(
             _allow("personality", _argument(0, value, "EQ"))

@@ -681,6 +681,21 @@ def test_kernel_paths(workspace: Path) -> None:
     assert "ead-only" in out.stderr
 
 
+def test_limits_of_pid_1_are_out_of_reach(workspace: Path) -> None:
+    """Resource limits can be set for oneself, not for the init that has the same user."""
+    script = """
+import resource
+resource.prlimit(0, resource.RLIMIT_NOFILE, (100, 100))
+resource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))
+"""
+    command = ("/usr/bin/python3", "-c", script)
+    refused = run(*command, cwd=workspace)
+    assert refused.returncode == 1
+    assert "PermissionError" in refused.stderr
+    assert "line 4" in refused.stderr
+    assert run(*command, cwd=workspace, seccomp=False).returncode == 0
+
+
 def test_own_namespaces(workspace: Path) -> None:
     """pid, ipc, uts, mount, cgroup and net namespaces are the agent's own."""
     kinds = ("pid", "ipc", "uts", "mnt", "cgroup", "net")
