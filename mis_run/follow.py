@@ -16,17 +16,17 @@ from functools import partial
 from typing import Any, Protocol
 
 from mis_run.cgroup import Cgroup
-from mis_run.defcon import Tracker
+from mis_run.defcon import Change, Tracker
 from mis_run.errors import Emergency, GuardLost, TimedOut, UsageError
 from mis_run.events import Event, Guarantee
 from mis_run.jsonable import plain
-from mis_run.liveness import Watchdog
 from mis_run.model import Plan
 from mis_run.report import Record
 from mis_run.runtime import Box
 from mis_run.supervise import Loop
 
 GRACE = 10.0  # seconds between asking the agent to end and killing it, as docker stop waits
+EMPTY_WITHIN = 5.0  # seconds a killed cgroup gets to become empty
 LIMITS_EVERY = 0.25  # seconds between looks at the cgroup's limit events
 
 
@@ -38,6 +38,9 @@ class Guard(Protocol):
 
     def read(self) -> list[Event]:
         """Answer and report all that is pending, without blocking."""
+
+    def verify(self, probe: Callable[[str], int]) -> None:
+        """Have a forbidden act tried and see it denied and counted. Raises VerifyError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class Follower:
         record: Record,
         cgroup: Cgroup,
         box: Box,
-        guards: Mapping[str, Guard],
+        guards: Mapping[str, Any],
         tracker: Tracker,
         counters: Any,
     ) -> None:
@@ -83,42 +86,49 @@ class Follower:
 
     # ---- what comes in --------------------------------------------------------------------
 
-    def watch(self, dog: Watchdog) -> None:
-        """Register everything with the loop and arm the timers."""
-        dog.start(self._unwatched, self._dog_says)
+    def watch(self) -> None:
+        """Register everything with the loop: guards must answer while they are being verified."""
+        self.box.turn = lambda: self.loop.turn(1.0)
+        self.loop.add(self.box.fileno(), lambda: None)
         self.loop.add(self._mailbox.fileno(), self._take_mail)
         for guard in self.guards.values():
             self.loop.add(guard.fileno(), partial(self._serve, guard))
-        self.loop.every(LIMITS_EVERY, lambda: self.emit(self.cgroup.poll_events()))
-        if timeout := self.plan.limits.timeout:
-            self.loop.after(timeout, self._timed_out)
+
+    def _look(self) -> None:
+        """What nobody tells us: limits that were hit, levels that fell with time."""
+        self.emit(self.cgroup.poll_events())
+        self._changed(self.tracker.tick())
 
     def _serve(self, guard: Guard) -> None:
         self.emit(guard.read())
 
     def go(self) -> None:
         """Execute the agent. Guards answer meanwhile: its first acts may come before our reply."""
-        self.box.turn = lambda: self.loop.turn(1.0)
-        self.loop.add(self.box.fileno(), lambda: None)
         self.box.go(self.plan.command[0], None if self.plan.tty else (0, 1, 2))
         self.loop.remove(self.box.fileno())
         self.started = time.monotonic()
         self.loop.add(self.box.fileno(), self._from_shim)
         self.loop.add(self.box.pidfd, self._gone)
+        self.loop.every(LIMITS_EVERY, self._look)
+        if timeout := self.plan.limits.timeout:
+            self.loop.after(timeout, self._timed_out)
         self._from_shim()  # a short agent has ended before we looked
 
     def emit(self, events: Iterable[Event]) -> None:
         """Record events and let violations count; DEFCON 1 ends the run."""
         for event in events:
             self.record.write(event)
-            if not event.violation:
-                continue
-            change = self.tracker.violation(event)
-            if change is None:
-                continue
-            self.record.write(change.event)
-            if change.kills:
-                self.kill(Ending("DEFCON 1: killed for its violations", Emergency.exit_code))
+            self._changed(self.tracker.violation(event))
+
+    def _changed(self, change: Change | None) -> None:
+        """Tell a new DEFCON level, have the network guard follow it, end the run at level 1."""
+        if change is None:
+            return
+        self.record.write(change.event)
+        if net := self.guards.get("net"):
+            net.set_level(change.level if self.plan.profile.defcon.act else 5)
+        if change.kills:
+            self.kill(Ending("DEFCON 1: killed for its violations", Emergency.exit_code), change.at)
 
     def emit_soon(self, event: Event) -> None:
         """`emit` from another thread."""
@@ -143,11 +153,12 @@ class Follower:
                 return
         self.box.signal(number)
 
-    def _unwatched(self) -> None:
+    def unwatched(self) -> None:
         """The watchdog died. Closed: without it a hung supervisor would go unnoticed."""
         self.kill(Ending("killed: its watchdog died", GuardLost.exit_code))
 
-    def _dog_says(self, words: str) -> None:
+    def dog_says(self, words: str) -> None:
+        """The watchdog noticed that our beats are late, or in time again."""
         self.record.write(Event(kind=f"watchdog.{words}", guard=Guarantee.LIVENESS))
 
     def _from_shim(self) -> None:
@@ -171,21 +182,21 @@ class Follower:
 
     # ---- what goes out --------------------------------------------------------------------
 
-    def kill(self, ending: Ending) -> None:
-        """Kill the whole cgroup at once and remember why."""
-        if self._forced is None:
-            self._forced = ending
-        began = time.monotonic()
+    def kill(self, ending: Ending, decided: float | None = None) -> None:
+        """Kill the whole cgroup at once, see it empty, and remember why.
+
+        ``decided`` is when that was decided (``time.monotonic()``), from which the time counts.
+        """
+        if self._forced is not None:
+            return
+        self._forced = ending
+        began = time.monotonic() if decided is None else decided
+        self.cgroup.freeze(True, 0.0)  # nothing runs on while the kill goes round
         self.cgroup.kill()
-        took = self.cgroup.wait_empty(2.0)
-        self.record.write(
-            Event(
-                kind="run.killed",
-                subject={"why": ending.how, "milliseconds": round(took * 1000, 1)},
-            )
-        )
-        if time.monotonic() - began > 2.0:
-            self._finish(Ending("could not be killed within 2 s", GuardLost.exit_code))
+        self.cgroup.wait_empty(EMPTY_WITHIN)
+        took = round((time.monotonic() - began) * 1000, 1)
+        subject = {"why": ending.how, "milliseconds": took, "populated": 0}
+        self.record.write(Event(kind="run.killed", subject=subject))
 
     def stop(self, ending: Ending) -> None:
         """Ask with SIGTERM, kill after GRACE."""
@@ -219,11 +230,7 @@ class Follower:
             if level is not None:
                 if level not in (1, 2, 3, 4, 5):
                     raise UsageError(f"level {level!r}: use 1 to 5")
-                change = self.tracker.set(level)
-                if change is not None:
-                    self.record.write(change.event)
-                if level == 1:
-                    self.kill(Ending("DEFCON 1: set by mis defcon", Emergency.exit_code))
+                self._changed(self.tracker.set(level))
             return {"level": self.tracker.level, "violations": self.tracker.count}
         raise UsageError(f"request {do!r}: unknown")
 
@@ -243,5 +250,5 @@ class Follower:
         if self.counters is not None:
             facts["counters"] = plain(self.counters.read())
         if net := self.guards.get("net"):
-            facts["network"] = plain(net.counts())  # type: ignore[attr-defined]
+            facts["network"] = plain(net.counts())
         return facts

@@ -16,7 +16,7 @@ from typing import Any
 
 from mis_run import cgroup, network, rootfs, runtime
 from mis_run.errors import MissingGuarantee, UsageError
-from mis_run.guards import net
+from mis_run.guards import counters, escape, net
 from mis_run.jsonable import plain
 from mis_run.model import Finding, Host, Options, User
 
@@ -74,6 +74,8 @@ def probe() -> Host:
         **cgroup.supported(kind, unified, controllers),
         **net.supported(),
         **network.supported(),
+        **counters.supported(),
+        **escape.supported(),
         "watchdog": Finding(True, "a process of its own"),
     }
     return Host(

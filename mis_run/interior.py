@@ -13,6 +13,7 @@ from pathlib import Path
 from mis_run import bundle, names, rootfs, rules, seccomp
 from mis_run.build import built
 from mis_run.cgroup import Cgroup
+from mis_run.guards import escape_rules
 from mis_run.model import NetMode, Plan
 from mis_run.network import Link
 
@@ -47,7 +48,8 @@ def describe(
         cgroups_path=group.oci_path,
         shim=built("mis-init"),
         info=info,
-        seccomp=seccomp.profile(),
+        seccomp=seccomp.profile(escape_rules.notify_rules(), left_out=escape_rules.NAMES),
+        listener=folder / "seccomp.sock",
         hidden=rootfs.hidden(plan),
         protected=rootfs.protected(plan),
         # cgroup v1 kernels booted with swapaccount=0 refuse memory.memsw.

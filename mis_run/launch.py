@@ -32,8 +32,8 @@ from mis_run import (
 from mis_run.defcon import Tracker
 from mis_run.errors import MisError
 from mis_run.events import Event
-from mis_run.follow import Ending, Follower
-from mis_run.guards import net
+from mis_run.follow import Ending, Follower, Guard
+from mis_run.guards import counters, escape, net
 from mis_run.later import Later
 from mis_run.model import Plan
 
@@ -85,11 +85,11 @@ def _launch(
     What only waits is started early and awaited where it is needed: BPF programs being loaded, the
     network being connected, the watchdog starting, all while the runtime makes the container.
     """
-    settings = plan.profile
+    settings, enforce = plan.profile, plan.profile.enforce
     with ExitStack() as stack:
         on = stack.enter_context
         loop = on(supervise.loop())
-        loading = Later(lambda: net.load(plan.network, enforce=settings.enforce))
+        loading = Later(lambda: net.load(plan.network, enforce=enforce))
         group = on(cgroup.create(run_dir.id, plan.host))
         steps.done("cgroup")
         dog = on(
@@ -112,17 +112,24 @@ def _launch(
         )
         group.adopt(box.pid)
         steps.done("container")
+        tracker = Tracker(settings.defcon)
         guard = on(net.attach(group.unified, loading.result()))
         if link and link.interface:
             guard.attach_xdp(link.ifindex(), link.address4, link.address6)
-        guards = {"net": guard}
+        guards: dict[str, Guard] = {"net": guard}
+        if box.seccomp_fd is not None:
+            guards["escape"] = on(
+                escape.attach(
+                    box.seccomp_fd,
+                    enforce=enforce,
+                    delay=tracker.delay,
+                    effects=lambda: tracker.effects,
+                )
+            )
+        counted = on(counters.attach(group.unified, settings.counters, later=True))
         steps.done("guards")
         box.start()
         steps.done("shim")
-        guard.verify(box.probe, link.netns if link else None)
-        steps.done("verified")
-        dog.watching(box.lifeline)
-        steps.done("watched")
         follower = Follower(
             loop=loop,
             plan=plan,
@@ -130,15 +137,24 @@ def _launch(
             cgroup=group,
             box=box,
             guards=guards,
-            tracker=Tracker(settings.defcon),
-            counters=None,
+            tracker=tracker,
+            counters=counted,
         )
+        follower.watch()
+        for one in guards.values():
+            one.verify(box.probe)
+        if link and link.interface:
+            guard.verify_xdp(link.netns)
+        counted.ready()
+        steps.done("verified")
+        dog.watching(box.lifeline)
+        steps.done("watched")
         netns = link.netns if link else None
         on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon))
         on(control.serve(loop, run_dir.path / "control.sock", follower.request))
         on(supervise.signals(loop, follower.signal))
         follower.on_resize = on(terminal.relay(loop, box.pty))
-        follower.watch(dog)
+        dog.start(follower.unwatched, follower.dog_says)
         run_dir.note(phase="running", pid=box.pid, **_facts(plan, record))
         record.write(Event(kind="run.start", subject=_facts(plan, record)))
         follower.go()

@@ -139,8 +139,7 @@ def summary(facts: Mapping[str, Any], record: Record) -> list[str]:
     )
     lines = [head]
     if counters := facts.get("counters"):
-        shown = ", ".join(f"{name} {text}" for name, text in counters.items())
-        lines.append(f"counters: {shown}")
+        lines.append(f"counters: {counters_line(counters)}")
     if net := facts.get("network"):
         lines.append(
             f"network: {net['allowed']} allowed, {net['denied']} denied, "
@@ -158,6 +157,22 @@ def summary(facts: Mapping[str, Any], record: Record) -> list[str]:
     if record.dropped:
         lines.append(f"{record.dropped} event(s) over the record's size were only counted")
     return lines
+
+
+def counters_line(readings: Mapping[str, Any]) -> str:
+    """Counters as ``name value``; ``~`` marks a scaled one, the unavailable are named with why."""
+    shown = []
+    missing: dict[str, list[str]] = {}
+    for name, reading in readings.items():
+        if why := reading.get("unavailable"):
+            missing.setdefault(why, []).append(name)
+            continue
+        mark = "~" if reading.get("scaled") else ""
+        value = reading.get("value", 0.0)
+        text = f"{value / 1e6:.1f} ms" if reading.get("unit") == "ns" else f"{value:,.6g}"
+        shown.append(f"{name} {mark}{text}")
+    shown += [f"{' and '.join(names)} unavailable ({why})" for why, names in missing.items()]
+    return ", ".join(shown)
 
 
 def _seconds(value: float | None) -> str:

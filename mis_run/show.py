@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mis_run.model import Mechanism, NetMode, Plan
-from mis_run.report import size
+from mis_run.report import counters_line, size
 
 GREEN, RED, YELLOW, PLAIN = "\033[32m", "\033[31m", "\033[33m", "\033[0m"
 
@@ -127,17 +127,6 @@ def top(readings: Mapping[str, Mapping[str, Any]]) -> str:
             }
         )
     return table(head, rows)
-
-
-def counters_line(readings: Mapping[str, Any]) -> str:
-    """Counters as ``name value``, unavailable ones by name only once."""
-    shown = []
-    for name, reading in readings.items():
-        if isinstance(reading, Mapping) and not reading.get("unavailable"):
-            mark = "~" if reading.get("scaled") else ""
-            shown.append(f"{name} {mark}{reading.get('value', 0):g}")
-    missing = sum(1 for r in readings.values() if isinstance(r, Mapping) and r.get("unavailable"))
-    return ", ".join(shown) + (f" ({missing} unavailable)" if missing else "")
 
 
 def live_top(readings: Callable[[], Mapping[str, Mapping[str, Any]]], interval: float) -> None:

@@ -122,7 +122,6 @@ class NetGuard:
         self._resolved: Mapping[str, tuple[str, ...]] = {}
         self._texts: tuple[str, ...] = ()
         self._canary_calls = 0
-        self._xdp = False
         self.xdp_mode = ""
         self._install_listen()
         self.update({})
@@ -179,7 +178,6 @@ class NetGuard:
         self._sources = (address4, address6 or "::")
         self._configure()
         self.xdp_mode = libbpf.attach_xdp(ifindex, self._object.program("mis_xdp"))
-        self._xdp = True
 
     def close(self) -> None:
         """Release descriptors."""
@@ -278,10 +276,10 @@ class NetGuard:
 
     # ---- proof ----------------------------------------------------------------------------
 
-    def verify(self, probe: Probe, netns: int | None = None) -> None:
+    def verify(self, probe: Probe) -> None:
         """One forbidden act per hook, from inside the agent's cgroup: refused *and* counted.
 
-        ``netns`` is the agent's network namespace when XDP guards its veth.  Raises VerifyError.
+        Raises VerifyError.
         """
         four, six = rules.CANARY4, rules.CANARY6
         stream, dgram = int(socket.SOCK_STREAM), int(socket.SOCK_DGRAM)
@@ -307,8 +305,6 @@ class NetGuard:
             if after[hook]["denied"] == before[hook]["denied"] and not hook.endswith("6"):
                 raise VerifyError(f"network guard {hook}: the refusal was not counted")
         self._verify_socket(probe)
-        if self._xdp and netns is not None:
-            self._verify_xdp(netns)
         self.read()
 
     def _verify_socket(self, probe: Probe) -> None:
@@ -324,13 +320,18 @@ class NetGuard:
             raise VerifyError("network guard sock_create: the refusal was not counted")
         self._canary_calls += refused
 
-    def _verify_xdp(self, netns: int) -> None:
+    def verify_xdp(self, netns: int) -> None:
+        """Frames sent in the agent's namespace, around every socket hook: dropped *and* counted.
+
+        Raises VerifyError.
+        """
         before = self.hook_counts()
         inject(netns, _frames(self._sources))
         after = self.hook_counts()
         for hook in ("packet4", "packet6"):
             if after[hook]["denied"] <= before[hook]["denied"]:
                 raise VerifyError(f"network guard xdp: a forbidden {hook} was not dropped")
+        self.read()
 
 
 _NO_IPV6 = 97  # EAFNOSUPPORT
