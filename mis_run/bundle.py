@@ -28,11 +28,14 @@ ROOT_CAPABILITIES = (
 
 # As runc's and moby's defaults, and what tells of the host's other users and hardware.
 MASKED_PATHS = (
-    *("/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats"),
-    *("/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi"),
-    *("/proc/kallsyms", "/proc/kmsg", "/proc/sysrq-trigger", "/proc/interrupts"),
-    *("/proc/key-users", "/proc/modules", "/proc/kpagecount", "/proc/kpageflags"),
-    *("/sys/firmware", "/sys/devices/virtual/powercap", "/sys/kernel"),
+    *("/proc/acpi", "/proc/asound", "/proc/keys", "/proc/key-users", "/proc/latency_stats"),
+    *("/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/proc/kallsyms", "/proc/interrupts"),
+    *("/proc/modules", "/sys/firmware", "/sys/devices/virtual/powercap", "/sys/kernel"),
+)
+# Modes 0400 and 0200 in the kernel: without capabilities a user cannot open them, root could.
+MASKED_FROM_ROOT = (
+    *("/proc/kcore", "/proc/kmsg", "/proc/kpagecount", "/proc/kpageflags", "/proc/kpagecgroup"),
+    *("/proc/sysrq-trigger", "/proc/timer_list", "/proc/vmallocinfo", "/proc/slabinfo"),
 )
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys")
 
@@ -97,7 +100,7 @@ def config(plan: Plan, inside: Inside) -> dict[str, Any]:
             "cgroupsPath": inside.cgroups_path,
             "resources": resources(plan.limits, swap=inside.swap, device=inside.device),
             "seccomp": seccomp,
-            "maskedPaths": list(MASKED_PATHS),
+            "maskedPaths": [*MASKED_PATHS, *(MASKED_FROM_ROOT if user.uid == 0 else ())],
             "readonlyPaths": list(READONLY_PATHS),
         },
     }

@@ -679,6 +679,11 @@ def test_kernel_paths(workspace: Path) -> None:
     out = run("sh", "-c", script, cwd=workspace, uid=0)
     assert out.stdout == "end\n"
     assert "ead-only" in out.stderr
+    # A user's container masks fewer: the others refuse by their mode.
+    assert run("sh", "-c", script, cwd=workspace).stdout == "end\n"
+    hidden = " ".join(bundle.MASKED_FROM_ROOT)
+    opened = sh(f"for f in {hidden}; do test -r $f || test -w $f && echo $f; done; true", workspace)
+    assert opened == ""
 
 
 def test_limits_of_pid_1_are_out_of_reach(workspace: Path) -> None:
