@@ -81,10 +81,9 @@ struct mis_net_event {
 	__u16 rule;
 	__u8 hook;
 	__u8 verdict;
-	__u8 protocol; /* IPPROTO_*; for MIS_SOCKET the protocol asked for */
-	__u8 family; /* AF_*; for MIS_SOCKET the family asked for */
+	__u16 family; /* AF_*; for MIS_SOCKET the family asked for */
 	__u32 type; /* SOCK_*, for MIS_SOCKET only */
-	__u32 padding;
+	__u32 protocol; /* IPPROTO_*; for MIS_SOCKET the protocol asked for */
 };
 
 #endif

@@ -114,6 +114,7 @@ def _launch(
         steps.done("container")
         tracker = Tracker(settings.defcon)
         guard = on(net.attach(group.unified, loading.result()))
+        guard.canary_pid = box.pid
         if link and link.interface:
             guard.attach_xdp(link.ifindex(), link.address4, link.address6)
         guards: dict[str, Guard] = {"net": guard}

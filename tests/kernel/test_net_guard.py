@@ -256,6 +256,7 @@ def test_malformed_events_never_raise(raw: bytes) -> None:
     """Any bytes from the ring buffer give an event or nothing."""
     guard = object.__new__(net.NetGuard)
     guard._texts = ("one", "default", "raised")
+    guard.canary_pid = 0
     guard._event(raw)
     guard._event(raw.ljust(net.EVENT.size, b"\xff")[: net.EVENT.size])
 
