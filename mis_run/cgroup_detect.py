@@ -82,14 +82,19 @@ def _read(path: Path) -> str:
 def mount_private(where: Path) -> Path:
     """Mount cgroup2 at ``where``, for a host that mounts only v1; returns ``where``.
 
-    The caller must have unshared its mount namespace (`rootfs.isolate`): the mount must not be
-    seen by anybody else, and ends with the namespace.  The kernel gives controllers to v2 only if
-    no v1 hierarchy holds them, so here it serves identity, kill, freeze and BPF.
+    The caller must have unshared its mount namespace (`rootfs.isolate`), told by comparing it with
+    its parent's: the mount must not be seen by anybody else, and ends with the namespace.  The
+    kernel gives controllers to v2 only if no v1 hierarchy holds them, so here it serves identity,
+    kill, freeze and BPF.
     Raises SetupError when the kernel refuses.
     """
     import ctypes
 
-    if Path("/proc/self/ns/mnt").readlink() == Path("/proc/1/ns/mnt").readlink():
+    try:
+        theirs = Path(f"/proc/{os.getppid()}/ns/mnt").readlink()
+    except OSError:
+        theirs = None  # our parent's is hidden from us: in doubt do not mount
+    if theirs in (None, Path("/proc/self/ns/mnt").readlink()):
         raise SetupError(f"{where}: mounting cgroup2 needs an own mount namespace first")
     where.mkdir(parents=True, exist_ok=True)
     libc = ctypes.CDLL(None, use_errno=True)
