@@ -95,7 +95,7 @@ def pressure(path: Path) -> Pressure | None:
         kind, *fields = line.split()
         rows[kind] = dict(field.split("=") for field in fields)
     some = rows["some"]
-    full = rows.get("full", {"avg10": "0", "total": "0"})  # cpu has no "full" before 5.13
+    full = rows.get("full", {"avg10": "0", "total": "0"})  # older kernels: no "full" for cpu
     return Pressure(
         float(some["avg10"]),
         int(some["total"]) / 1e6,
@@ -120,7 +120,7 @@ def usage(places: Places) -> Usage:
         memory_peak=peak,
         swap=swap,
         pids=number(pids / "pids.current"),
-        pids_peak=number(pids / "pids.peak"),  # 6.8, commit 2d8a4d1b1c0d
+        pids_peak=number(pids / "pids.peak"),  # newer than memory.peak
         nr_throttled=throttled,
         throttled_seconds=throttled_seconds,
         io_read=read,
@@ -146,7 +146,7 @@ def _memory(places: Places) -> tuple[int | None, int | None, int | None]:
     top = places.unified
     return (
         number(top / "memory.current"),
-        number(top / "memory.peak"),  # 5.19, commit 8e20d4b33266
+        number(top / "memory.peak"),  # since 5.19
         number(top / "memory.swap.current"),
     )
 
@@ -193,7 +193,7 @@ def oom_kills(places: Places) -> int | None:
 def pids_denied(places: Places) -> int | None:
     """Forks that the pids limit refused.
 
-    v1, and v2 before 6.11 (commit 73e75e6fc352), count where the fork happened; later v2 counts
+    v1, and v2 before 6.11, count where the fork happened; later v2 counts
     where the limit is and in its ancestors.  The larger one of both places is right for either.
     """
     top = places.v1.get("pids", places.unified)
