@@ -24,10 +24,9 @@ from typing import Any
 
 import pytest
 
-from mis_run import bundle, rootfs, runtime, seccomp
+from mis_run import bundle, cgroup, rootfs, runtime, seccomp
 from mis_run.build import built
 from mis_run.errors import MisError
-from mis_run.host import cgroup
 from mis_run.model import Bind, Host, Limits, NetMode, NetPlan, Plan, Profile, User
 
 pytestmark = [
@@ -86,12 +85,12 @@ def container(spec: dict[str, Any]) -> Iterator[runtime.Box]:
         stack.callback(shutil.rmtree, folder)
         (folder / "info").mkdir(mode=0o755)
         (folder / "info" / "init").touch()
-        stack.callback(remove_cgroups, run_id)
+        group = stack.enter_context(cgroup.create(run_id, plan.host))
         root = stack.enter_context(rootfs.mount(plan, folder, rootfs.etc_files(())))
         inside = bundle.Inside(
             root=root,
             netns="",
-            cgroups_path=f"/mis/{run_id}/agent",
+            cgroups_path=group.oci_path,
             shim=built("mis-init"),
             info=folder / "info",
             seccomp=seccomp.profile(),
@@ -112,6 +111,7 @@ def container(spec: dict[str, Any]) -> Iterator[runtime.Box]:
 
 
 def remove_cgroups(run_id: str) -> None:
+    """What `mis gc` would do for one run whose supervisor was killed."""
     for point, kind in make_plan(SPEC).host.mounts:
         folder = Path(point) / "mis" / run_id
         if kind in ("cgroup", "cgroup2") and folder.is_dir():
