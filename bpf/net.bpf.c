@@ -190,9 +190,9 @@ static __always_inline int conclude(const struct act *act, int allowed, int pack
 	}
 	if (allowed)
 		return 1;
-	/* The agent's own kernel sends these unasked (ARP, MLD, router solicitations). */
+	/* The agent's own kernel sends these unasked (ARP, MLD with its hop-by-hop header, IGMP). */
 	if (packet && (hook == MIS_PACKET_OTHER || act->protocol == IPPROTO_ICMPV6 ||
-		       act->protocol == IPPROTO_IGMP))
+		       act->protocol == IPPROTO_HOPOPTS || act->protocol == IPPROTO_IGMP))
 		return pass;
 	if (packet && told_lately(&act->to)) {
 		if (counter)
