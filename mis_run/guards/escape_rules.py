@@ -58,7 +58,7 @@ SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000
 
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
 SOCK_STREAM, SOCK_DGRAM, SOCK_RAW, SOCK_TYPE = 1, 2, 3, 0xF
-NETLINK_ROUTE = 0
+NETLINK_ROUTE, NETLINK_AUDIT = 0, 9
 # linux/socket.h: every number up to 45.
 FAMILIES = dict(
     enumerate(
@@ -269,7 +269,10 @@ def _socket(name: str, args: Args, effects: Effects) -> Judgement | None:
         "type": TYPES.get(kind, str(kind)),
         "protocol": protocol,
     }
-    return Judgement(error, "net.socket", subject)
+    # PAM and with it su, sudo, cron and useradd ask for audit: a kernel may well lack it.
+    return Judgement(
+        error, "net.socket", subject, absent=family == AF_NETLINK and protocol == NETLINK_AUDIT
+    )
 
 
 def _wx(name: str, args: Args, effects: Effects) -> Judgement | None:
