@@ -53,13 +53,18 @@ def detect(proc: Path = Path("/proc/self")) -> Detected:
     return ("v1" if unified is None else "hybrid" if v1 else "v2"), unified, controllers
 
 
+def unescape(text: str) -> str:
+    """A path as mountinfo writes it, with its octal escapes resolved."""
+    return ESCAPED.sub(lambda octal: chr(int(octal[1], 8)), text)
+
+
 def _mounts(text: str) -> list[tuple[Path, str, str]]:
     """(mount point, cgroup|cgroup2, superblock options), the topmost mount of each point."""
     found: dict[Path, tuple[str, str]] = {}
     for line in text.splitlines():
         before, _, after = line.partition(" - ")
         kind, _, options = after.partition(" ")
-        point = Path(ESCAPED.sub(lambda octal: chr(int(octal[1], 8)), before.split(" ")[4]))
+        point = Path(unescape(before.split(" ")[4]))
         found.pop(point, None)  # a later mount on the same point hides the earlier one
         if kind in ("cgroup", "cgroup2"):
             found[point] = (kind, options.rpartition(" ")[2])

@@ -168,6 +168,9 @@ class Follower:
             elif kind == "killed":
                 name = signal.Signals(value).name
                 self._finish(Ending(f"ended by {name}", 128 + value))
+            elif kind == "stopped":
+                # Ctrl-Z on an agent without a shell around it: nobody inside could resume it.
+                self.box.signal(signal.SIGCONT)
             elif kind == "closed":
                 self._finish(Ending("ended without a word from its container", 137))
                 self.loop.remove(self.box.fileno())
@@ -193,9 +196,11 @@ class Follower:
         began = time.monotonic() if decided is None else decided
         self.cgroup.freeze(True, 0.0)  # nothing runs on while the kill goes round
         self.cgroup.kill()
-        self.cgroup.wait_empty(EMPTY_WITHIN)
+        if self.cgroup.wait_empty(EMPTY_WITHIN) >= EMPTY_WITHIN:
+            self._finish(Ending("could not be killed", GuardLost.exit_code))
         took = round((time.monotonic() - began) * 1000, 1)
-        subject = {"why": ending.how, "milliseconds": took, "populated": 0}
+        populated = int(self.cgroup.populated())
+        subject = {"why": ending.how, "milliseconds": took, "populated": populated}
         self.record.write(Event(kind="run.killed", subject=subject))
 
     def stop(self, ending: Ending) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mis_run import cgroup, network, rootfs, runtime
+from mis_run import cgroup, cgroup_detect, network, rootfs, runtime
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.guards import counters, escape, net
 from mis_run.jsonable import plain
@@ -104,7 +104,7 @@ def _mounts() -> tuple[tuple[str, str], ...]:
     found = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
-        point = before.split(" ")[4].encode().decode("unicode_escape")
+        point = cgroup_detect.unescape(before.split(" ")[4])
         found.append((point, after.split(" ")[0]))
     return tuple(found)
 

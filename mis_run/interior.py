@@ -39,7 +39,6 @@ def describe(
     info = folder / "info"
     info.mkdir(mode=0o755)
     (info / "init").touch()
-    v1_memory = plan.host.controllers.get("memory")
     workspace = plan.cwd.stat()
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     return bundle.Inside(
@@ -52,11 +51,17 @@ def describe(
         listener=folder / "seccomp.sock",
         hidden=rootfs.hidden(plan),
         protected=rootfs.protected(plan),
-        # cgroup v1 kernels booted with swapaccount=0 refuse memory.memsw.
-        swap=v1_memory is None or v1_memory == plan.host.unified or MEMSW.exists(),
+        swap=_swap_is_accounted(plan, group),
         device=f"{os.major(workspace.st_dev)}:{os.minor(workspace.st_dev)}",
         files=files if files != resource.RLIM_INFINITY else bundle.FILES,
     )
+
+
+def _swap_is_accounted(plan: Plan, group: Cgroup) -> bool:
+    """Kernels without swap accounting have no such file, and refuse the limit."""
+    if plan.host.controllers.get("memory") == plan.host.unified:
+        return (group.unified / "memory.swap.max").exists()
+    return MEMSW.exists()
 
 
 def _static_hosts(plan: Plan) -> dict[str, str]:

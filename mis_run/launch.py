@@ -90,7 +90,7 @@ def _launch(
         on = stack.enter_context
         loop = on(supervise.loop())
         loading = Later(lambda: net.load(plan.network, enforce=enforce))
-        group = on(cgroup.create(run_dir.id, plan.host))
+        group = on(cgroup.create(run_dir.id, plan.host, plan.limits.controllers()))
         steps.done("cgroup")
         dog = on(
             liveness.arm(
@@ -111,6 +111,7 @@ def _launch(
             runtime.create(config, runtime=plan.runtime(), run_id=run_dir.id, folder=run_dir.path)
         )
         group.adopt(box.pid)
+        supervise.come_first()
         steps.done("container")
         tracker = Tracker(settings.defcon)
         guard = on(net.attach(group.unified, loading.result()))

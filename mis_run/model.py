@@ -111,6 +111,16 @@ class Limits:
     io_write: int | None = None
     scratch: int | None = None  # bytes of the throw-away upper layer
 
+    def controllers(self) -> list[str]:
+        """The cgroup controllers that these limits need, by their v2 names."""
+        values = {
+            "memory": self.memory,
+            "cpu": self.cpus,
+            "pids": self.pids,
+            "io": self.io_read or self.io_write,
+        }
+        return [name for name, value in values.items() if value is not None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Defcon:

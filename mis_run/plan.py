@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from mis_run import profiles, rules
 from mis_run.errors import MissingGuarantee, UsageError
@@ -22,6 +21,7 @@ from mis_run.model import (
     NetMode,
     NetPlan,
     Network,
+    OnLoss,
     Options,
     Plan,
     Profile,
@@ -60,6 +60,11 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 def make(options: Options, profile: Profile, host: Host, caller: Caller) -> Plan:
     """Decide everything. Raises UsageError for words that make no sense together."""
     profile = _with_options(profile, options)
+    if profile.liveness.on_loss is OnLoss.OPEN:
+        raise UsageError(
+            f"profile {profile.name}: liveness.on_loss = 'open' is not part of this version",
+            hint="use 'closed': the agent ends with its supervisor",
+        )
     _check_workspace(options, caller)
     network = _network(profile.network, host)
     limits = _limits(profile.limits, host)
@@ -76,7 +81,7 @@ def make(options: Options, profile: Profile, host: Host, caller: Caller) -> Plan
         binds=options.binds,
         masked=masked,
         protected=profiles.expand(profile.files.protect, facts),
-        mechanisms=tuple(_mechanisms(profile, host, network)),
+        mechanisms=tuple(_mechanisms(profile, host, network, limits)),
         profile=profile,
         network=network,
         limits=limits,
@@ -172,7 +177,7 @@ def _environment(
     path = [
         entry
         for entry in inherited
-        if entry.startswith("/") and not any(Path(entry).is_relative_to(h) for h in hidden)
+        if entry.startswith("/") and not any(_lies_in(entry, folder) for folder in hidden)
     ]
     path += [entry for entry in DEFAULT_PATH.split(":") if entry not in path]
     env = {
@@ -190,22 +195,17 @@ def _environment(
     return tuple(env.items())
 
 
-def _mechanisms(profile: Profile, host: Host, network: NetPlan) -> list[Mechanism]:
+def _lies_in(path: str, folder: str) -> bool:
+    """As Path.is_relative_to, a hundred times faster: every launch asks it hundreds of times."""
+    return f"{path}/".startswith(f"{folder.rstrip('/')}/")
+
+
+def _mechanisms(profile: Profile, host: Host, network: NetPlan, limits: Limits) -> list[Mechanism]:
     """How each guarantee is given; `guards` of later planes add theirs here."""
     missing = Finding(False, "not part of this version")
     wanted: list[tuple[Guarantee, str]] = []
     wanted += [(Guarantee.NET, name) for name in NET_MECHANISMS[network.mode]]
-    limits = profile.limits
-    wanted += [
-        (Guarantee.LIMITS, f"{controller}")
-        for controller, value in (
-            ("memory", limits.memory),
-            ("cpu", limits.cpus),
-            ("pids", limits.pids),
-            ("io", limits.io_read or limits.io_write),
-        )
-        if value is not None
-    ]
+    wanted += [(Guarantee.LIMITS, controller) for controller in limits.controllers()]
     wanted += [(Guarantee.COUNTERS, "perf-cgroup")] if profile.counters else []
     wanted += [(Guarantee.ESCAPE, "seccomp-notify")]
     wanted += [(Guarantee.FILE, "fanotify"), (Guarantee.EXEC, "fanotify")]

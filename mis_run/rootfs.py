@@ -234,7 +234,7 @@ def separate(host: Host) -> list[str]:
     """Host file systems that an overlay of ``/`` does not show, and that agents need."""
     found: dict[str, None] = {}
     for point, kind in host.mounts:
-        whole = any(Path(point).is_relative_to(tree) for tree in WHOLE_TREES)
+        whole = any(f"{point}/".startswith(f"{tree}/") for tree in WHOLE_TREES)
         if kind in REAL and (whole or point in ALONE):
             found[point] = None  # mounted over twice: shown once
     return list(found)

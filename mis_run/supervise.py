@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 Callback = Callable[[], None]
 FORWARDED: tuple[signal.Signals, ...] = (
@@ -129,3 +129,12 @@ def signals(loop: Loop, handle: Callable[[int], None]) -> Iterator[None]:
 
 def _ignore(number: int, frame: object) -> None:
     """Python needs a handler before it writes to the wakeup descriptor."""
+
+
+def come_first() -> None:
+    """Run before ordinary processes: we answer for the agent, and beat for the watchdog.
+
+    To be called when the runtime has started: the agent must not inherit it.
+    """
+    with suppress(PermissionError):  # not root: everybody is equal
+        os.setpriority(os.PRIO_PROCESS, 0, -10)

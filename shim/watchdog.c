@@ -13,7 +13,8 @@
  * run's record.  Beats are datagrams: "beat"; "hold" with a descriptor (the lifeline); "pause" (the
  * supervisor is stopped on purpose); "resume"; "bye" (normal end).  Answers: "late", "recovered".
  *
- * Lost means: no word for DEADLINE_MS, or the end of the beats without "bye".  Then: freeze, kill,
+ * Until the first "beat" the launch is being set up, which takes as long as it takes: only the end of
+ * the beats counts. Lost means: no word for DEADLINE_MS, or the end of the beats without "bye".  Then: freeze, kill,
  * see the cgroup empty, kill the supervisor if it only hangs, and become GC-COMMAND.
  * Out of scope: judging violations, answering guards, cleaning up.
  */
@@ -190,7 +191,7 @@ static void watch(long deadline, long beat, char **gc)
 {
 	struct pollfd beats = { .fd = BEATS, .events = POLLIN };
 	long last = now_ms(), asked, now, wait;
-	int paused = 0, late = 0, good = 0;
+	int paused = 1, late = 0, good = 0;
 	char word[64];
 	ssize_t length;
 
@@ -217,7 +218,8 @@ static void watch(long deadline, long beat, char **gc)
 			lost("the supervisor died", gc);
 		if (!strcmp(word, "bye"))
 			return;
-		paused = !strcmp(word, "pause");
+		if (strcmp(word, "hold"))
+			paused = !strcmp(word, "pause");
 		if (!late && !strcmp(word, "beat") && now - last > 2 * beat + deadline / 4) {
 			late = 1;
 			good = 0;

@@ -10,8 +10,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SPARE = 512  # above any descriptor of ours; sources move here first, since a target may be a source
-
 
 def spawn(
     argv: Sequence[str],
@@ -26,12 +24,14 @@ def spawn(
     Raises OSError when it cannot be executed.
     """
     pairs = list(fds.items())
+    # Through numbers above every source first, since a target may be a source.
+    spare = max((*fds, *fds.values())) + 1
     actions: list[tuple[Any, ...]] = []
     for number, (_, source) in enumerate(pairs):
-        actions.append((os.POSIX_SPAWN_DUP2, source, SPARE + number))
+        actions.append((os.POSIX_SPAWN_DUP2, source, spare + number))
     for number, (target, _) in enumerate(pairs):
-        actions.append((os.POSIX_SPAWN_DUP2, SPARE + number, target))
-        actions.append((os.POSIX_SPAWN_CLOSE, SPARE + number))
+        actions.append((os.POSIX_SPAWN_DUP2, spare + number, target))
+        actions.append((os.POSIX_SPAWN_CLOSE, spare + number))
     program = shutil.which(argv[0]) or argv[0]
     command = [program, *argv[1:]]
     if die_with_us:
