@@ -7,8 +7,13 @@ directory.  The state directory goes last: while anything is left, a later gc st
 
 from __future__ import annotations
 
+import os
+import select
 import shutil
+import signal
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mis_run import cgroup, network, state
 
@@ -29,6 +34,29 @@ def sweep() -> Removed | None:
     return collect()
 
 
+def _end_runtimes(dead: list[Path]) -> None:
+    """Kill the OCI runtimes that still work for dead runs: they would go on making things.
+
+    They die with their launcher (PR_SET_PDEATHSIG), unless it died before that was set.  Known by
+    the path of the run's own state directory in their command line, and killed by pidfd.
+    """
+    marks = [f"{path}/".encode() for path in dead]
+    for entry in Path("/proc").iterdir() if marks else ():
+        if not entry.name.isdecimal():
+            continue
+        with suppress(OSError):  # it ended meanwhile
+            fd = os.pidfd_open(int(entry.name))
+            try:
+                words = (entry / "cmdline").read_bytes()
+                if any(mark in words for mark in marks) and int(entry.name) != os.getpid():
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                    poll = select.poll()
+                    poll.register(fd, select.POLLIN)
+                    poll.poll(1000)
+            finally:
+                os.close(fd)
+
+
 def collect() -> Removed:
     """Remove every remainder of every dead run."""
     removed = Removed()
@@ -38,6 +66,7 @@ def collect() -> Removed:
         paths = state.run_dirs()
         live = {path.name for path in paths if state.is_live(path)}
         # Processes first: nothing else can be removed while they hold it.
+        _end_runtimes([path for path in paths if path.name not in live])
         removed.cgroups = cgroup.gc(live)
         removed.network = network.gc(live)
         for path in paths:
