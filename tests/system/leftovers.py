@@ -32,9 +32,11 @@ def snapshot() -> dict[str, list[str]]:
         for name in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding")
     ]
     processes = [
-        entry.name
+        f"{entry.name} {_read(entry / 'cmdline')} {_read(entry / 'cgroup')}"
         for entry in Path("/proc").glob("[0-9]*")
-        if "/mis/" in _read(entry / "cgroup") or "/run/mis/" in _read(entry / "cmdline")
+        if ("/mis/" in _read(entry / "cgroup") or "/run/mis/" in _read(entry / "cmdline"))
+        # A zombie that this machine's init has not reaped yet is no process any more.
+        and ") Z " not in _read(entry / "stat")
     ]
     return {
         "cgroups": cgroups,
