@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from mis_run import __version__, units
-from mis_run.errors import MisError, UsageError
+from mis_run.errors import MisError, SetupError, UsageError
 from mis_run.events import Guarantee
 from mis_run.model import Bind, NetMode, Options
 
@@ -227,8 +227,14 @@ def run_command(cli: click.Command, name: str) -> NoReturn:
     except BrokenPipeError:
         code = 141
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        failure = SetupError(f"{error}", hint="mis doctor; mis gc removes what may be left")
+        complain(failure)
+        code = failure.exit_code
     sys.stdout.flush()
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.stderr.flush()
+    # Everything is undone and written; taking the interpreter apart would cost 13 ms more.
+    os._exit(code if isinstance(code, int) else 0)
 
 
 def complain(error: MisError) -> None:

@@ -11,31 +11,29 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mis_run import (
     bundle,
     cgroup,
-    control,
     gc,
     interior,
     liveness,
-    names,
     network,
     report,
     rootfs,
     runtime,
     state,
     supervise,
-    terminal,
 )
-from mis_run.defcon import Tracker
 from mis_run.errors import MisError
 from mis_run.events import Event
-from mis_run.follow import Ending, Follower, Guard
 from mis_run.guards import counters, escape, net
 from mis_run.later import Later
 from mis_run.model import Plan
+
+if TYPE_CHECKING:
+    from mis_run.follow import Ending, Guard
 
 
 class Steps:
@@ -57,6 +55,8 @@ class Steps:
 
 def run(plan: Plan, *, quiet: bool = False) -> int:
     """Launch the plan's agent and follow it to its end; returns mis-run's exit code."""
+    # Threads that wait for the kernel hand over at once, not after the default 5 ms.
+    sys.setswitchinterval(0.0005)
     rootfs.isolate()
     runtime.subreaper()
     gc.sweep()
@@ -75,6 +75,18 @@ def run(plan: Plan, *, quiet: bool = False) -> int:
         record.write(Event(kind="run.exit", subject=facts))
         _tell(plan, record, facts, quiet=quiet)
         return ending.code
+
+
+def _import_the_rest() -> None:
+    """What is needed only once the container exists, imported while the runtime makes it."""
+    from mis_run import control, defcon, follow, names, terminal  # noqa: F401
+
+
+def _guard_link(guard: net.NetGuard, link: network.Link | None) -> net.NetGuard:
+    """Attach XDP to our end of the agent's link, once that and the programs are there."""
+    if link and link.interface:
+        guard.attach_xdp(link.ifindex(), link.address4, link.address6)
+    return guard
 
 
 def _launch(
@@ -103,21 +115,30 @@ def _launch(
         )
         steps.done("watchdog")
         link = on(network.create(plan.network, run_dir.id))
+        guarding = Later(lambda: _guard_link(loading.result(), link))
         steps.done("network")
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
         steps.done("rootfs")
         config = bundle.config(plan, interior.describe(plan, run_dir.path, root, link, group))
         box = on(
-            runtime.create(config, runtime=plan.runtime(), run_id=run_dir.id, folder=run_dir.path)
+            runtime.create(
+                config,
+                runtime=plan.runtime(),
+                run_id=run_dir.id,
+                folder=run_dir.path,
+                meanwhile=_import_the_rest,
+            )
         )
+        from mis_run import control, names, terminal
+        from mis_run.defcon import Tracker
+        from mis_run.follow import Follower
+
         group.adopt(box.pid)
         supervise.come_first()
         steps.done("container")
         tracker = Tracker(settings.defcon)
-        guard = on(net.attach(group.unified, loading.result()))
+        guard = on(net.attach(group.unified, guarding.result()))
         guard.canary_pid = box.pid
-        if link and link.interface:
-            guard.attach_xdp(link.ifindex(), link.address4, link.address6)
         guards: dict[str, Guard] = {"net": guard}
         if box.seccomp_fd is not None:
             guards["escape"] = on(

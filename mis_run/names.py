@@ -12,7 +12,6 @@ and they are left out of the answers too (DNS rebinding).
 from __future__ import annotations
 
 import ipaddress
-import random
 import selectors
 import socket
 import threading
@@ -323,7 +322,7 @@ def resolve(
     answered = False
     for kind in ("A", "AAAA") if ipv6 else ("A",):
         query = dns.message.make_query(text, kind)
-        for address, port in random.sample(resolvers, len(resolvers)):
+        for address, port in resolvers:  # in their order, as resolv.conf(5) says
             try:
                 answer, _ = dns.query.udp_with_fallback(query, address, TIMEOUT, port)
             except (dns.exception.DNSException, OSError, ValueError):

@@ -123,7 +123,7 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
             try:
                 yield link
             finally:
-                _disconnect(link)
+                _disconnect(link, run_id)
         finally:
             os.close(netns)
     finally:
@@ -177,11 +177,19 @@ def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
     return Link(netns, interface, address4, link_address6, Later(connect))
 
 
-def _disconnect(link: Link) -> None:
-    """The namespace may live on in dying processes; its interface must not."""
+def _disconnect(link: Link, run_id: str) -> None:
+    """Remove our end; the namespace may live on in dying processes, its interface must not.
+
+    The address index stays taken until that is done.  The kernel needs tens of milliseconds for an
+    interface, and as many for the shared table if we are the last: both at once.
+    """
     assert link.connected is not None
     link.connected.wait()
-    _run(["ip", "link", "del", link.interface])
+    removing = Later(lambda: _run(["ip", "link", "del", link.interface]))
+    with _locked():
+        if set(_indices().values()) == {run_id}:
+            _unshare()
+    removing.result()
 
 
 def _settle(commands: Sequence[str], *, ipv6: bool) -> None:
@@ -198,6 +206,7 @@ def _settle(commands: Sequence[str], *, ipv6: bool) -> None:
 def _share(*, ipv6: bool) -> None:
     """The table and the switches that all agents share."""
     with _locked():
+        (NET / "shared").touch()
         switched = _switch_on(ipv6=ipv6)
         nft.install(close4=SWITCH4.name in switched, close6=SWITCH6.name in switched)
 
@@ -296,8 +305,15 @@ def _forget(run_ids: set[str]) -> None:
         else:
             left += 1
     if not left:
+        _unshare()
+
+
+def _unshare() -> None:
+    """Undo the table and the switches; fine when they are undone."""
+    if (NET / "shared").exists():
         nft.remove()
         _switch_back()
+        (NET / "shared").unlink()
 
 
 def _switch_on(*, ipv6: bool) -> dict[str, str]:

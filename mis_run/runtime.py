@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,17 @@ def subreaper() -> None:
 
 
 @contextmanager
-def create(config: dict[str, Any], *, runtime: Path, run_id: str, folder: Path) -> Iterator[Box]:
+def create(
+    config: dict[str, Any],
+    *,
+    runtime: Path,
+    run_id: str,
+    folder: Path,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Iterator[Box]:
     """Write the bundle, create the container, and remove every trace of it on the way out.
+
+    ``meanwhile`` is called while the runtime works, which is the longest wait of a launch.
 
     A seccomp-notify descriptor is received where the configuration has a ``listenerPath``, a
     terminal where ``process.terminal`` is set.  Raises SetupError with the runtime's own words.
@@ -88,7 +97,7 @@ def create(config: dict[str, Any], *, runtime: Path, run_id: str, folder: Path) 
             argv += ["--console-socket", str(folder / "console.sock")]
         if path := config["linux"].get("seccomp", {}).get("listenerPath"):
             listener = _listen(stack, Path(path))
-        _create([*argv, run_id], theirs, folder)
+        _create([*argv, run_id], theirs, folder, meanwhile)
         theirs.close()
         pid = int((folder / "pid").read_text())
         box = Box(base, run_id, pid, ours)
@@ -102,7 +111,9 @@ def create(config: dict[str, Any], *, runtime: Path, run_id: str, folder: Path) 
         yield box
 
 
-def _create(argv: list[str], lifeline: socket.socket, folder: Path) -> None:
+def _create(
+    argv: list[str], lifeline: socket.socket, folder: Path, meanwhile: Callable[[], None]
+) -> None:
     """`runtime create`, with the lifeline as descriptor 3.
 
     It dies with us: a runtime orphaned by our SIGKILL would finish a container nobody owns.
@@ -118,6 +129,7 @@ def _create(argv: list[str], lifeline: socket.socket, folder: Path) -> None:
             raise SetupError(words, hint="mis doctor") from error
     pidfd = os.pidfd_open(pid)
     try:
+        meanwhile()
         if not ended(pidfd, CREATE):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

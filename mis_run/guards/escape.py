@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import select
 import time
 from collections.abc import Callable, Iterator
@@ -126,7 +125,7 @@ class EscapeGuard:
     def _try(
         self, probe: Probe, name: str, args: tuple[int, ...], wanted: int, without: int
     ) -> None:
-        cookie = secrets.randbits(62) | 1 << 61
+        cookie = int.from_bytes(os.urandom(8), "little") >> 2 | 1 << 61
         self._canaries[cookie] = wanted
         words = " ".join(str(value) for value in (abi.number(name), *args, cookie))
         met = probe(f"syscall {words}")

@@ -379,9 +379,11 @@ def _frames(sources: tuple[str, str]) -> list[bytes]:
 def inject(netns: int, frames: list[bytes]) -> None:
     """Send raw frames on ``eth0`` of a network namespace, around every socket hook.
 
-    From a thread of its own: setns(2) moves only the calling thread.  Raises VerifyError.
+    From a thread of its own: setns(2) moves only the calling thread.  It goes on alone to close the
+    socket, for which the kernel waits 10 ms (packet_release, synchronize_net).  Raises VerifyError.
     """
     failed: list[OSError] = []
+    sent = threading.Event()
 
     def body() -> None:
         try:
@@ -390,12 +392,14 @@ def inject(netns: int, frames: list[bytes]) -> None:
                 out.bind(("eth0", 0))
                 for frame in frames:
                     out.send(frame)
+                sent.set()
         except OSError as error:
             failed.append(error)
+        finally:
+            sent.set()
 
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join()
+    threading.Thread(target=body).start()
+    sent.wait()
     if failed:
         raise VerifyError(f"cannot send a test frame: {failed[0]}")
 
