@@ -40,6 +40,7 @@ def describe(
     info.mkdir(mode=0o755)
     (info / "init").touch()
     workspace = plan.cwd.stat()
+    notified = plan.uses("seccomp-notify")
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     return bundle.Inside(
         root=root,
@@ -47,8 +48,10 @@ def describe(
         cgroups_path=group.oci_path,
         shim=built("mis-init"),
         info=info,
-        seccomp=seccomp.profile(escape_rules.notify_rules(), left_out=escape_rules.NAMES),
-        listener=folder / "seccomp.sock",
+        seccomp=seccomp.profile(escape_rules.notify_rules(), left_out=escape_rules.NAMES)
+        if notified
+        else seccomp.profile(),
+        listener=folder / "seccomp.sock" if notified else None,
         hidden=rootfs.hidden(plan),
         protected=rootfs.protected(plan),
         swap=_swap_is_accounted(plan, group),

@@ -255,6 +255,10 @@ class Plan:
     json_report: bool = False
     waived: frozenset[Guarantee] = frozenset()
 
+    def uses(self, name: str) -> bool:
+        """Whether the mechanism is part of this plan, and works here."""
+        return any(one.name == name and one.finding.ok for one in self.mechanisms)
+
     def runtime(self) -> Path:
         """The OCI runtime; `plan.check` has refused a plan without one."""
         assert self.host.runtime is not None

@@ -42,8 +42,13 @@ Resolved = dict[str, tuple[str, ...]]
 
 @dataclass
 class _Name:
-    """One allowed name: what it resolves to and until when."""
+    """One allowed name: what it resolves to and until when.
 
+    It is resolved, and kept fresh, from the agent's first question on: a profile may name a dozen
+    registries that a run never uses.
+    """
+
+    wanted: bool = False
     addresses: tuple[str, ...] = ()
     expires: float = 0.0
     known: bool = False  # resolved at least once
@@ -73,7 +78,8 @@ class Names:
         on_change: Callable[[Resolved], None],
         on_event: Callable[[Event], None],
     ) -> None:
-        self._names = {name: _Name() for name in names}
+        # Without sockets the agent asks somebody else, so every name is wanted from the start.
+        self._names = {name: _Name(wanted=not sockets) for name in names}
         self._resolvers = list(resolvers)
         self._denied = list(denied)
         self._ipv6 = ipv6
@@ -121,7 +127,11 @@ class Names:
             self._expire()
 
     def _next(self) -> float:
-        times = [name.expires for text, name in self._names.items() if text not in self._busy]
+        times = [
+            name.expires
+            for text, name in self._names.items()
+            if name.wanted and text not in self._busy
+        ]
         times += [until for name in self._names.values() for until in name.leaving.values()]
         times += [waiting.until for waiting in self._waiting]
         return max(0.0, min(times, default=time.monotonic() + 60) - time.monotonic())
@@ -130,7 +140,7 @@ class Names:
         """Start a query for each name that is due; one short thread each, so none blocks."""
         now = time.monotonic()
         for text, name in self._names.items():
-            if name.expires <= now and text not in self._busy:
+            if name.wanted and name.expires <= now and text not in self._busy:
                 self._busy.add(text)
                 threading.Thread(target=self._query, args=(text,), daemon=True).start()
 
@@ -254,7 +264,9 @@ class Names:
                 )
             )
             reply(_response(query, rcode="REFUSED"))
-        elif not name.known and len(self._waiting) < MOST_WAITING:
+            return
+        name.wanted = True
+        if not name.known and len(self._waiting) < MOST_WAITING:
             self._waiting.append(_Waiting(query, time.monotonic() + PATIENCE, reply))
         else:
             self._reply(query, name, reply)

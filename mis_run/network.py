@@ -55,7 +55,7 @@ class Link:
 
 def supported() -> dict[str, Finding]:
     """``netns``, ``nftables``, ``ipv6``: a namespace is really made, a netlink socket opened."""
-    found = {"ipv6": Finding(SWITCH6.exists(), "IPv6 is on" if SWITCH6.exists() else "IPv6 is off")}
+    found = {"ipv6": _ipv6()}
     try:
         os.close(_namespace())
         found["netns"] = Finding(True, "a network namespace can be made")
@@ -71,6 +71,15 @@ def supported() -> dict[str, Finding]:
         text = f"not installed: {', '.join(missing)}" if missing else shutil.which("nft") or ""
         found["nftables"] = Finding(not missing, text, "apt-get install nftables iproute2")
     return found
+
+
+def _ipv6() -> Finding:
+    conf = SWITCH6.parents[1]
+    for which in ("all", "default"):
+        switch = conf / which / "disable_ipv6"
+        if not switch.exists() or switch.read_text().strip() != "0":
+            return Finding(False, "IPv6 is off on this machine: the agent gets none")
+    return Finding(True, "IPv6 is on")
 
 
 def diagnose() -> dict[str, Finding]:

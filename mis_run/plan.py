@@ -67,7 +67,7 @@ def make(options: Options, profile: Profile, host: Host, caller: Caller) -> Plan
         )
     _check_workspace(options, caller)
     network = _network(profile.network, host)
-    limits = _limits(profile.limits, host)
+    limits = _limits(profile.limits, host, options.allow_missing)
     facts = {"HOME": caller.user.home, "WORKSPACE": str(options.workdir)}
     masked = profiles.expand(("@secrets", *profile.files.deny), facts)
     return Plan(
@@ -81,7 +81,7 @@ def make(options: Options, profile: Profile, host: Host, caller: Caller) -> Plan
         binds=options.binds,
         masked=masked,
         protected=profiles.expand(profile.files.protect, facts),
-        mechanisms=tuple(_mechanisms(profile, host, network, limits)),
+        mechanisms=tuple(_mechanisms(profile, host, network)),
         profile=profile,
         network=network,
         limits=limits,
@@ -101,16 +101,21 @@ def check(plan: Plan) -> None:
                 f"cannot start an agent here: {finding.detail}", hint=finding.fix
             )
     for mechanism in plan.mechanisms:
-        if mechanism.finding.ok or mechanism.guarantee in plan.waived:
+        if mechanism.finding.ok:
             continue
-        if mechanism.guarantee not in plan.profile.require:
-            continue
-        waiver = f"--allow-missing {mechanism.guarantee}"
+        missing = f"{mechanism.name} is missing: {mechanism.finding.detail}"
         fix = f"{mechanism.finding.fix}; or " if mechanism.finding.fix else ""
+        if mechanism.guarantee is Guarantee.NET:
+            # A network without its guard is not a weaker promise but none: never waived.
+            other = "" if plan.network.mode is NetMode.NONE else "run without a network: --net none"
+            raise MissingGuarantee(
+                f"no guarded network here: {missing}", hint=f"{fix}{other}".removesuffix("; or ")
+            )
+        if mechanism.guarantee in plan.waived or mechanism.guarantee not in plan.profile.require:
+            continue
         raise MissingGuarantee(
-            f"profile {plan.profile.name} requires '{mechanism.guarantee}', but {mechanism.name} "
-            f"is missing: {mechanism.finding.detail}",
-            hint=f"{fix}run without it: {waiver}",
+            f"profile {plan.profile.name} requires '{mechanism.guarantee}', but {missing}",
+            hint=f"{fix}run without it: --allow-missing {mechanism.guarantee}",
         )
 
 
@@ -161,10 +166,17 @@ def _network(network: Network, host: Host) -> NetPlan:
     )
 
 
-def _limits(limits: Limits, host: Host) -> Limits:
-    """More cores than the machine has is no limit; the kernel would refuse or ignore it."""
+def _limits(limits: Limits, host: Host, waived: frozenset[Guarantee]) -> Limits:
+    """The limits that will be set: a waived one that this host cannot give is left out."""
     if limits.cpus is not None and limits.cpus >= host.cpus:
-        return replace(limits, cpus=None)
+        # More cores than the machine has is no limit; the kernel would refuse or ignore it.
+        limits = replace(limits, cpus=None)
+    if Guarantee.LIMITS in waived:
+        fields: dict[str, tuple[str, ...]] = {"memory": ("memory",), "cpu": ("cpus",)}
+        fields |= {"pids": ("pids",), "io": ("io_read", "io_write")}
+        for controller, names in fields.items():
+            if not host.works(controller):
+                limits = replace(limits, **dict.fromkeys(names))
     return limits
 
 
@@ -200,12 +212,13 @@ def _lies_in(path: str, folder: str) -> bool:
     return f"{path}/".startswith(f"{folder.rstrip('/')}/")
 
 
-def _mechanisms(profile: Profile, host: Host, network: NetPlan, limits: Limits) -> list[Mechanism]:
+def _mechanisms(profile: Profile, host: Host, network: NetPlan) -> list[Mechanism]:
     """How each guarantee is given; `guards` of later planes add theirs here."""
     missing = Finding(False, "not part of this version")
     wanted: list[tuple[Guarantee, str]] = []
     wanted += [(Guarantee.NET, name) for name in NET_MECHANISMS[network.mode]]
-    wanted += [(Guarantee.LIMITS, controller) for controller in limits.controllers()]
+    asked = _limits(profile.limits, host, frozenset())
+    wanted += [(Guarantee.LIMITS, controller) for controller in asked.controllers()]
     wanted += [(Guarantee.COUNTERS, "perf-cgroup")] if profile.counters else []
     wanted += [(Guarantee.ESCAPE, "seccomp-notify")]
     wanted += [(Guarantee.FILE, "fanotify"), (Guarantee.EXEC, "fanotify")]
