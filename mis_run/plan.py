@@ -60,7 +60,7 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 def make(options: Options, profile: Profile, host: Host, caller: Caller) -> Plan:
     """Decide everything. Raises UsageError for words that make no sense together."""
     profile = _with_options(profile, options)
-    if profile.liveness.on_loss is OnLoss.OPEN:
+    if profile.liveness.on_loss == OnLoss.OPEN:
         raise UsageError(
             f"profile {profile.name}: liveness.on_loss = 'open' is not part of this version",
             hint="use 'closed': the agent ends with its supervisor",
@@ -184,7 +184,8 @@ def _environment(
     options: Options, profile: Profile, caller: Caller, masked: tuple[str, ...]
 ) -> tuple[tuple[str, str], ...]:
     """The agent's variables: a clean slate, what the profile passes on, then ``--env``."""
-    hidden = tuple(path for path in masked if "*" not in path)
+    # Homes are hidden whole, so programs in them cannot be found.
+    hidden = ("/home", caller.user.home, *(path for path in masked if "*" not in path))
     inherited = caller.environ.get("PATH", DEFAULT_PATH).split(":")
     path = [
         entry
