@@ -10,9 +10,12 @@ import signal
 import socket
 import statistics
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from filters import ALLOW, attempt, caged, compiled
@@ -23,10 +26,11 @@ from mis_run.defcon import Effects, Tracker
 from mis_run.errors import VerifyError
 from mis_run.events import Event, Verdict
 from mis_run.guards import escape, escape_rules
-from mis_run.linux import abi, seccomp
+from mis_run.linux import abi, memfd, seccomp
 from mis_run.linux.seccomp import Notification
 from mis_run.model import Defcon
 
+pytestmark = pytest.mark.root
 Peer = socket.socket
 PROGRAM = compiled(escape_rules.notify_rules(), default=ALLOW)
 UNGUARDED = compiled([{"names": ["vhangup"], "action": "SCMP_ACT_NOTIFY"}], default=ALLOW)
@@ -423,3 +427,41 @@ def test_the_guard_survives_any_notification(many: list[bytes]) -> None:
         patch.undo()
         os.close(reader)
         os.close(writer)
+
+
+IN_A_NAMESPACE = """
+import os, sys
+sys.stdin.readline()
+fd = os.memfd_create("x", 0)
+os.write(fd, open("/bin/true", "rb").read())
+try:
+    print(os.waitpid(os.posix_spawn(f"/proc/self/fd/{fd}", ["x"], {}), 0)[1])
+except PermissionError:
+    print("refused")
+"""
+
+
+@pytest.mark.skipif(not memfd.sealable(), reason="needs vm.memfd_noexec, Linux 6.3")
+@pytest.mark.parametrize(("seal", "met"), [(True, "refused"), (False, "0")])
+def test_memfds_of_a_sealed_namespace_cannot_be_executed(seal: bool, met: str) -> None:
+    """Sealing a pid namespace makes its plain memfds not executable; ours stays as it was."""
+    before = memfd.SETTING.read_text()
+    words = ["unshare", "--pid", "--fork", "--kill-child", "--", sys.executable, "-c"]
+    child = subprocess.Popen(
+        [*words, IN_A_NAMESPACE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+    try:
+        end = time.monotonic() + 5
+        while not (found := children.read_text().split()) and time.monotonic() < end:
+            time.sleep(0.01)
+        pidfd = os.pidfd_open(int(found[0]))
+        if seal:
+            memfd.seal(pidfd)
+        os.close(pidfd)
+        out, _ = child.communicate("\n", timeout=10)
+    finally:
+        child.kill()
+        child.wait()
+    assert out.strip() == met
+    assert memfd.SETTING.read_text() == before

@@ -6,7 +6,7 @@ import errno
 from functools import cache
 
 import pytest
-from filters import ALLOW, ERRNO, NOTIFY, Program, compiled, interpret
+from filters import ALLOW, ERRNO, NOTIFY, Program, compiled, interpret, library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -227,3 +227,24 @@ def test_an_unknown_call_is_denied(name: str, args: list[int]) -> None:
     if name not in rules.NAMES:
         verdict = judge(name, tuple(args))  # type: ignore[arg-type]
         assert verdict and verdict.error == errno.EPERM
+
+
+@pytest.mark.parametrize("arch", sorted(abi.AUDIT_ARCH))
+def test_call_numbers_are_those_of_libseccomp(arch: str) -> None:
+    """Every number that libseccomp knows for the architecture is the one in our table."""
+    resolve = library().seccomp_syscall_resolve_name_arch
+    known = 0
+    for name, number in abi.numbers(arch).items():
+        theirs = resolve(abi.AUDIT_ARCH[arch], name.encode())
+        if theirs >= 0:
+            known += 1
+            assert theirs == number, name
+    assert known > 300
+    assert abi.names(arch)[abi.number("mount", arch)] == "mount"
+
+
+def test_names_for_people() -> None:
+    """Unknown calls and architectures still get a name, error numbers theirs."""
+    assert abi.call(9999, ARCH) == "call-9999"
+    assert abi.call(21, 0x40000003) == "arch-40000003:21"
+    assert (abi.error(1), abi.error(0), abi.error(9999)) == ("EPERM", "0", "9999")
