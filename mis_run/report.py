@@ -150,7 +150,8 @@ def summary(facts: Mapping[str, Any], record: Record) -> list[str]:
     if usage.get("pids_denied"):
         lines.append(f"process limit: {usage['pids_denied']} fork(s) refused")
     for event in record.last[-3:]:
-        what = " ".join(str(value) for value in event.subject.values())
+        # An agent's words must not write escape sequences to a terminal.
+        what = " ".join(repr(str(value))[1:-1] for value in event.subject.values())
         lines.append(f"{event.verdict}: {event.kind} {what} (rule: {event.rule or 'default'})")
     if record.violations:
         lines.append(f"{record.violations} violation(s); see: mis logs {record.run_id}")

@@ -39,8 +39,14 @@ def table(head: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 def runs(rows: Sequence[Mapping[str, Any]]) -> str:
     """``mis ps``."""
     head = ("ID", "NAME", "PHASE", "SECONDS", "PROFILE", "NETWORK", "COMMAND")
-    shown = [{**row, "command": shlex.join(row["command"])[:48]} for row in rows]
+    shown = [{**row, "command": _line(shlex.join(row["command"]))} for row in rows]
     return table(head, shown)
+
+
+def _line(text: str, width: int = 48) -> str:
+    """One printable line: an agent's words must not write escape sequences to a terminal."""
+    clean = "".join(letter if letter.isprintable() else " " for letter in text)
+    return clean if len(clean) <= width else f"{clean[: width - 1]}…"
 
 
 def plan(made: Plan) -> str:
@@ -98,11 +104,11 @@ def event(line: Mapping[str, Any]) -> str:
     """One record line for people."""
     when = time.strftime("%H:%M:%S", time.localtime(line.get("time", 0)))
     subject = line.get("subject", {})
-    what = " ".join(f"{key}={value}" for key, value in subject.items() if key != "plan")
+    what = _line(" ".join(f"{key}={value}" for key, value in subject.items()), 400)
     verdict = str(line.get("verdict", ""))
     colour = {"deny": RED, "kill": RED, "audit": YELLOW}.get(verdict)
     shown = _colour(colour, verdict) if colour else verdict
-    who = f" by {line['comm']}[{line['pid']}]" if line.get("pid") else ""
+    who = f" by {_line(str(line.get('comm', '?')))}[{line['pid']}]" if line.get("pid") else ""
     rule = f" (rule: {line['rule']})" if line.get("rule") else ""
     return " ".join(filter(None, (when, str(line.get("kind", "?")), shown, what))) + who + rule
 
