@@ -126,7 +126,7 @@ class Follower:
             return
         self.record.write(change.event)
         if net := self.guards.get("net"):
-            net.set_level(change.level if self.plan.profile.defcon.act else 5)
+            net.close_new(self.tracker.effects.destinations)
         if change.kills:
             self.kill(Ending("DEFCON 1: killed for its violations", Emergency.exit_code), change.at)
 

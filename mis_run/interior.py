@@ -14,6 +14,7 @@ from mis_run import bundle, names, rootfs, rules, seccomp
 from mis_run.build import built
 from mis_run.cgroup import Cgroup
 from mis_run.guards import escape_rules
+from mis_run.linux import memfd
 from mis_run.model import NetMode, Plan
 from mis_run.network import Link
 
@@ -48,7 +49,9 @@ def describe(
         cgroups_path=group.oci_path,
         shim=built("mis-init"),
         info=info,
-        seccomp=seccomp.profile(escape_rules.notify_rules(), left_out=escape_rules.NAMES)
+        seccomp=seccomp.profile(
+            escape_rules.notify_rules(sealed_memfds=memfd.sealable()), left_out=escape_rules.NAMES
+        )
         if notified
         else seccomp.profile(),
         listener=folder / "seccomp.sock" if notified else None,

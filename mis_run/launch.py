@@ -30,6 +30,7 @@ from mis_run.errors import MisError
 from mis_run.events import Event
 from mis_run.guards import counters, escape, net
 from mis_run.later import Later
+from mis_run.linux import memfd
 from mis_run.model import Plan
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ def _launch(
         from mis_run.follow import Follower
 
         group.adopt(box.pid)
+        if memfd.sealable():
+            memfd.seal(box.pidfd)
         supervise.come_first()
         steps.done("container")
         tracker = Tracker(settings.defcon)

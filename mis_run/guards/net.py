@@ -155,9 +155,9 @@ class NetGuard:
             self._maps["rules"].delete(KEY.pack(*place))
         self._installed = set(table.entries)
 
-    def set_level(self, level: int) -> None:
-        """DEFCON: at 3 and below only destinations that were used before are allowed."""
-        self._level = level
+    def close_new(self, closed: bool) -> None:
+        """DEFCON: whether only destinations that were used before are still allowed."""
+        self._level = 3 if closed else 5
         self._configure()
 
     def _install_listen(self) -> None:

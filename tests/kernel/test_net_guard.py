@@ -215,11 +215,11 @@ def test_defcon_level_denies_new_destinations(group: Path) -> None:
     used, new = (connect(INET, TCP, "127.0.0.1", port) for port in (47010, 47011))
     with net.attach(group, guard):
         assert inside(group, used) == REFUSED
-        guard.set_level(3)
+        guard.close_new(True)
         assert inside(group, used) == REFUSED
         assert inside(group, new) == EPERM
         assert "defcon" in guard.read()[0].rule
-        guard.set_level(5)
+        guard.close_new(False)
         assert inside(group, new) == REFUSED
 
 

@@ -143,6 +143,77 @@ def test_fork_bomb_is_contained(workspace: Path) -> None:
     assert int(free.out.split()[0]) == 400
 
 
+STORM = """
+import os, socket, sys, time
+def act():
+    for n in range(30):
+        try: socket.create_connection(("192.0.2.66", 1000 + n), 1)
+        except OSError: pass
+        time.sleep(0.005)
+how = sys.argv[1]
+if how == "forks":
+    for n in range(30):
+        if os.fork() == 0:
+            try: socket.create_connection(("192.0.2.66", 1000 + n), 1)
+            except OSError: pass
+            os._exit(0)
+        os.wait()
+elif how == "grandchild":
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0: act()
+        os._exit(0)
+elif how == "thread":
+    import threading
+    threading.Thread(target=act).start()
+else:
+    act()
+time.sleep(5)
+print("survived")
+"""
+
+
+@pytest.mark.parametrize("how", ["alone", "forks", "grandchild", "thread"])
+def test_violations_add_up_to_the_end(how: str, workspace: Path) -> None:
+    """Fifteen violations, whoever commits them, are DEFCON 1: killed whole, proven empty."""
+    words = ("/usr/bin/python3", "-c", STORM, how)
+    done = run(*words, cwd=workspace)
+    assert done.code == 119, (done.out, done.err)
+    levels = [e["subject"]["to"] for e in done.events if e["kind"] == "defcon.change"]
+    assert levels == [4, 3, 2, 1]
+    killed = next(event for event in done.events if event["kind"] == "run.killed")["subject"]
+    assert killed["populated"] == 0
+    counted = run(*words, cwd=workspace, options=("--profile", "trace"))
+    assert (counted.code, counted.out) == (0, "survived\n"), counted.err
+
+
+def test_watchdog_ends_the_agent_of_a_stopped_supervisor(workspace: Path) -> None:
+    """A supervisor that hangs is noticed within the deadline; the agent and it are ended."""
+    agent = start("sh", "-c", "echo up; sleep 654", cwd=workspace)
+    assert agent.stdout is not None
+    assert agent.stdout.readline() == "up\n"
+    time.sleep(0.5)
+    agent.send_signal(signal.SIGSTOP)
+    wait_for(lambda: not _alive("sleep 654"), 3)
+    agent.wait(10)
+    assert agent.returncode == -signal.SIGKILL
+    wait_for(lambda: json.loads(mis("ps", "--json").stdout) == [], 5)
+
+
+def test_death_of_the_watchdog_closes_the_run(workspace: Path) -> None:
+    """When the watchdog is killed, so is the agent, and the exit code says so."""
+    agent = start("sh", "-c", "echo up; sleep 655", cwd=workspace)
+    assert agent.stdout is not None
+    assert agent.stdout.readline() == "up\n"
+    found = subprocess.run(
+        ["pgrep", "-P", str(agent.pid), "-f", "mis-watchdog"], capture_output=True, check=True
+    )
+    os.kill(int(found.stdout), signal.SIGKILL)
+    agent.communicate(timeout=10)
+    assert agent.returncode == 123
+    assert not _alive("sleep 655")
+
+
 def test_cpu_burner_is_throttled(workspace: Path) -> None:
     """Two seconds of burning under --cpus 0.25 use about half a second of CPU."""
     script = "import time; end = time.monotonic() + 2\nwhile time.monotonic() < end: pass"
