@@ -186,6 +186,7 @@ def _launch(
         follower.go()
         steps.done("agent")
         loop.until(lambda: follower.ending is not None)
+        dog.pause()  # the agent is gone: undoing takes as long as it takes
         steps.done("followed")
         assert follower.ending is not None
         return follower.ending, follower.measurements()

@@ -11,7 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -93,9 +93,12 @@ def _prune() -> None:
     names = [entry for entry in os.scandir(RECORDS) if entry.name.endswith(".jsonl")]
     if len(names) < KEEP:
         return
-    names.sort(key=lambda entry: entry.stat().st_mtime)
-    for entry in names[: len(names) - KEEP + 1]:
-        Path(entry.path).unlink(missing_ok=True)
+    ages = []
+    for entry in names:
+        with suppress(FileNotFoundError):  # another launch was faster
+            ages.append((entry.stat().st_mtime, entry.path))
+    for _, path in sorted(ages)[: len(ages) - KEEP + 1]:
+        Path(path).unlink(missing_ok=True)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
