@@ -19,8 +19,8 @@ address = re.search(r"inet (10[.]\\S+)/", subprocess.run(["ip", "-4", "addr", "s
 with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=10) as sock:
     sock.sendall(sys.argv[3].encode())
     answer = sock.recv(100).decode()
-time.sleep(1)  # so that all of them are up at once
-print(address, answer)
+print(address, answer, flush=True)
+sys.stdin.readline()  # all of them are up at once
 """
 
 
@@ -35,13 +35,14 @@ def test_twenty_agents_at_once(tmp_path: Path) -> None:
             words = ("/usr/bin/python3", "-c", TALK, HOST4, str(PORT), f"agent-{number}")
             options = ("--allow-net", f"{HOST4}:{PORT}", "--memory", "256M")
             agents.append(start(*words, cwd=folder, options=options))
-        outputs = [agent.communicate(timeout=120) for agent in agents]
+        lines = [agent.stdout.readline() for agent in agents if agent.stdout]
+        outputs = [agent.communicate("go\n", timeout=120) for agent in agents]
         assert [agent.returncode for agent in agents] == [0] * AGENTS, outputs
         assert sorted(host.got()) == sorted(f"agent-{number}" for number in range(AGENTS))
     addresses = set()
-    for number, (out, _) in enumerate(outputs):
-        found = re.fullmatch(r"(\S+) echo agent-(\d+)\n", out)
-        assert found, out
+    for number, line in enumerate(lines):
+        found = re.fullmatch(r"(\S+) echo agent-(\d+)\n", line)
+        assert found, line
         assert found[2] == str(number)
         addresses.add(found[1])
     assert len(addresses) == AGENTS
