@@ -79,6 +79,7 @@ def candidates(folder: Path) -> dict[str, Callable[[], object]]:
             "podman",
             lambda: must(
                 *("podman", "run", "--rm", "--network", "none", "--log-driver", "none"),
+                *("--runtime", "runc", "--ulimit", "nofile=1024:1024"),
                 *("--rootfs", str(folder / "merged"), "/bin/true"),
             ),
         ),

@@ -10,7 +10,7 @@ import os
 import resource
 from pathlib import Path
 
-from mis_run import bundle, names, rootfs, rules, seccomp
+from mis_run import bundle, rootfs, rules, seccomp
 from mis_run.build import built
 from mis_run.cgroup import Cgroup
 from mis_run.guards import escape_rules
@@ -27,6 +27,8 @@ def etc(plan: Plan) -> dict[str, str]:
     In a namespace of its own the agent asks our resolver; on the host's network, the host's.
     """
     if plan.network.mode is NetMode.HOST:
+        from mis_run import names  # late: 8 ms that most launches do not need here
+
         resolvers = [address for address, _ in names.upstream(())]
     else:
         resolvers = ["127.0.0.1"]
@@ -72,9 +74,9 @@ def _swap_is_accounted(plan: Plan, group: Cgroup) -> bool:
 
 def _static_hosts(plan: Plan) -> dict[str, str]:
     """Names of the host's /etc/hosts that rules allow, for programs that read only that file."""
-    found: dict[str, str] = {}
-    for text in plan.network.allow:
-        name = rules.parse(text).name
-        for address in names.from_hosts(name) if name else ():
-            found.setdefault(name or "", address)
-    return found
+    wanted = [name for text in plan.network.allow if (name := rules.parse(text).name)]
+    if not wanted:
+        return {}
+    from mis_run import names
+
+    return {name: found[0] for name in wanted if (found := names.from_hosts(name))}
