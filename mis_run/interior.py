@@ -27,9 +27,9 @@ def etc(plan: Plan) -> dict[str, str]:
     In a namespace of its own the agent asks our resolver; on the host's network, the host's.
     """
     if plan.network.mode is NetMode.HOST:
-        from mis_run import names  # late: 8 ms that most launches do not need here
+        from mis_run import resolve
 
-        resolvers = [address for address, _ in names.upstream(())]
+        resolvers = [address for address, _ in resolve.upstream(())]
     else:
         resolvers = ["127.0.0.1"]
     return rootfs.etc_files(resolvers, _static_hosts(plan))
@@ -77,6 +77,6 @@ def _static_hosts(plan: Plan) -> dict[str, str]:
     wanted = [name for text in plan.network.allow if (name := rules.parse(text).name)]
     if not wanted:
         return {}
-    from mis_run import names
+    from mis_run import resolve
 
-    return {name: found[0] for name in wanted if (found := names.from_hosts(name))}
+    return {name: found[0] for name in wanted if (found := resolve.from_hosts(name))}

@@ -8,7 +8,6 @@ of one nftables table, which `gc` removes.  docs/decisions/network-plumbing.md a
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import socket
@@ -19,18 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mis_run import nft, rules
+from mis_run import nft, rules, shared
 from mis_run.errors import SetupError
 from mis_run.later import Later
 from mis_run.linux import libc
 from mis_run.model import Finding, NetMode, NetPlan
-from mis_run.state import STATE
 
-NET = STATE / "net"
-MOST = 1 << 14  # /30 networks in 10.213.0.0/16
 MAC_HOST, MAC_AGENT = "02:6d:69:73:00:01", "02:6d:69:73:00:02"
-SWITCH4 = Path("/proc/sys/net/ipv4/ip_forward")
-SWITCH6 = Path("/proc/sys/net/ipv6/conf/all/forwarding")
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ def supported() -> dict[str, Finding]:
 
 
 def _ipv6() -> Finding:
-    conf = SWITCH6.parents[1]
+    conf = shared.SWITCH6.parents[1]
     for which in ("all", "default"):
         switch = conf / which / "disable_ipv6"
         if not switch.exists() or switch.read_text().strip() != "0":
@@ -124,7 +118,7 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
         finally:
             os.close(netns)
         return
-    index = _claim(run_id)
+    index = shared.claim(run_id)
     try:
         netns = _namespace()
         try:
@@ -136,7 +130,7 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
         finally:
             os.close(netns)
     finally:
-        _release({run_id})
+        shared.release({run_id})
 
 
 def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
@@ -173,13 +167,13 @@ def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
         routes += [f"route add ::/0 via {gateway6}"]
 
     def connect() -> int:
-        shared = Later(lambda: _share(ipv6=plan.ipv6))
+        sharing = Later(lambda: shared.share(ipv6=plan.ipv6))
         try:
             _within(netns, lambda: _settle(inside + routes, ipv6=plan.ipv6))
             _batch(outside)
             return socket.if_nametoindex(interface)
         finally:
-            shared.result()
+            sharing.result()
             nft.allow_local(interface, _local_rules(plan))
 
     link_address6 = address6 if plan.ipv6 else None
@@ -195,9 +189,9 @@ def _disconnect(link: Link, run_id: str) -> None:
     assert link.connected is not None
     link.connected.wait()
     removing = Later(lambda: _run(["ip", "link", "del", link.interface]))
-    with _locked():
-        if set(_indices().values()) == {run_id}:
-            _unshare()
+    with shared.locked():
+        if set(shared.indices().values()) == {run_id}:
+            shared.unshare()
     removing.result()
 
 
@@ -210,14 +204,6 @@ def _settle(commands: Sequence[str], *, ipv6: bool) -> None:
             if not ipv6:
                 (conf / which / "disable_ipv6").write_text("1")
     _batch(commands)
-
-
-def _share(*, ipv6: bool) -> None:
-    """The table and the switches that all agents share."""
-    with _locked():
-        (NET / "shared").touch()
-        switched = _switch_on(ipv6=ipv6)
-        nft.install(close4=SWITCH4.name in switched, close6=SWITCH6.name in switched)
 
 
 def _namespace() -> int:
@@ -270,92 +256,6 @@ def _run(argv: list[str], text: str = "", *, check: bool = False) -> None:
         raise SetupError(f"{' '.join(argv)}: {done.stderr.strip()[-300:]}\n{text}".rstrip())
 
 
-# ---- what is shared by all runs: addresses, forwarding, one table --------------------------------
-
-
-@contextmanager
-def _locked() -> Iterator[None]:
-    NET.mkdir(parents=True, exist_ok=True)
-    fd = os.open(NET / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _indices() -> dict[int, str]:
-    """Taken address indices and the runs that hold them."""
-    return {int(path.name): path.read_text() for path in NET.iterdir() if path.name.isdecimal()}
-
-
-def _claim(run_id: str) -> int:
-    """The lowest free index. Raises SetupError when there is none."""
-    with _locked():
-        taken = _indices()
-        for index in range(MOST):
-            if index not in taken:
-                (NET / str(index)).write_text(run_id)
-                return index
-    raise SetupError("no address is left for another agent", hint="mis gc")
-
-
-def _release(run_ids: set[str]) -> None:
-    with _locked():
-        _forget(run_ids)
-
-
-def _forget(run_ids: set[str]) -> None:
-    """Free the indices of runs; with the last one, undo the table and the switches."""
-    left = 0
-    for index, owner in _indices().items():
-        if owner in run_ids:
-            (NET / str(index)).unlink()
-        else:
-            left += 1
-    if not left:
-        _unshare()
-
-
-def _unshare() -> None:
-    """Undo the table and the switches; fine when they are undone."""
-    if (NET / "shared").exists():
-        nft.remove()
-        _switch_back()
-        (NET / "shared").unlink()
-
-
-def _switch_on(*, ipv6: bool) -> dict[str, str]:
-    """Turn forwarding on, remembering what was off; returns the switches that we turned."""
-    record = NET / "switches"
-    remembered: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
-    wanted = [SWITCH4, SWITCH6] if ipv6 else [SWITCH4]
-    if ipv6 and SWITCH6.read_text().strip() == "0":
-        # A forwarding host ignores router advertisements unless accept_ra is 2 (ip-sysctl.rst):
-        # without this the host would lose its own IPv6 configuration.
-        for path in Path("/proc/sys/net/ipv6/conf").glob("*/accept_ra"):
-            if path.read_text().strip() == "1" and str(path) not in remembered:
-                remembered[str(path)] = "1"
-                path.write_text("2")
-    for path in wanted:
-        if path.read_text().strip() == "0" and str(path) not in remembered:
-            remembered[str(path)] = "0"
-            record.write_text(json.dumps(remembered))  # before the act: gc must know
-            path.write_text("1")
-    record.write_text(json.dumps(remembered))
-    return {Path(path).name: value for path, value in remembered.items() if value == "0"}
-
-
-def _switch_back() -> None:
-    record = NET / "switches"
-    if not record.exists():
-        return
-    for path, value in json.loads(record.read_text()).items():
-        if Path(path).exists():  # an interface may be gone
-            Path(path).write_text(value)
-    record.unlink()
-
-
 def _local_rules(plan: NetPlan) -> list[tuple[str, str, str, str]]:
     """(family, protocol, address, ports) of rules that name one of the host's own addresses."""
     found = []
@@ -375,7 +275,7 @@ def _local_rules(plan: NetPlan) -> list[tuple[str, str, str, str]]:
 
 def gc(live: set[str]) -> list[str]:
     """Remove indices, table rows and interfaces of runs that are not live; what was removed."""
-    if not NET.is_dir():
+    if not shared.NET.is_dir():
         return []
     removed = []
     for interface in os.listdir("/sys/class/net"):  # noqa: PTH208 - names only
@@ -383,9 +283,9 @@ def gc(live: set[str]) -> list[str]:
         if interface.startswith("mis-") and run_id not in live:
             _run(["ip", "link", "del", interface])
             removed.append(interface)
-    with _locked():
-        dead = set(_indices().values()) - live
-        if dead or not _indices():
-            _forget(dead)
+    with shared.locked():
+        dead = set(shared.indices().values()) - live
+        if dead or not shared.indices():
+            shared.forget(dead)
         nft.forget_local({f"mis-{run_id}" for run_id in live})
     return removed + sorted(f"address of {run_id}" for run_id in dead)

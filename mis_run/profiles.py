@@ -63,7 +63,9 @@ def catalogue() -> list[tuple[str, Path, str]]:
 
 def render(profile: Profile) -> str:
     """The profile as TOML that loads back to the same values."""
-    return schema.render(profile)
+    from mis_run import profile_text
+
+    return profile_text.render(profile)
 
 
 def _callers_home() -> Path | None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mis_run import profiles, schema, sets, units
+from mis_run import profile_text, profiles, schema, sets, units
 from mis_run.errors import ProfileError, UsageError
 from mis_run.model import NetMode
 
@@ -171,8 +171,8 @@ def test_expand_fills_in_home_workspace_and_sets() -> None:
 
 
 def test_the_reference_is_generated_from_the_code() -> None:
-    """docs/profile-reference.md is what `python -m mis_run.schema` prints."""
-    assert (ROOT / "docs/profile-reference.md").read_text() == schema.reference()
+    """docs/profile-reference.md is what `python -m mis_run.profile_text` prints."""
+    assert (ROOT / "docs/profile-reference.md").read_text() == profile_text.reference()
 
 
 @pytest.mark.parametrize(
