@@ -77,6 +77,13 @@ def unshare() -> None:
         (NET / "shared").unlink()
 
 
+def _remember(switches: dict[str, str]) -> None:
+    """Atomically: a launcher killed halfway leaves the old record or the new one."""
+    part = NET / "switches.part"
+    part.write_text(json.dumps(switches))
+    part.replace(NET / "switches")
+
+
 def _switch_on(*, ipv6: bool) -> dict[str, str]:
     """Turn forwarding on, remembering what was off; returns the switches that we turned."""
     record = NET / "switches"
@@ -92,9 +99,9 @@ def _switch_on(*, ipv6: bool) -> dict[str, str]:
     for path in wanted:
         if path.read_text().strip() == "0" and str(path) not in remembered:
             remembered[str(path)] = "0"
-            record.write_text(json.dumps(remembered))  # before the act: gc must know
+            _remember(remembered)  # before the act: gc must know
             path.write_text("1")
-    record.write_text(json.dumps(remembered))
+    _remember(remembered)
     return {Path(path).name: value for path, value in remembered.items() if value == "0"}
 
 
