@@ -1,7 +1,12 @@
+# shellcheck shell=bash
 # Sourced by ./mis-run, ./mis and ./run-tests: set up what is missing, say what, do it once.
 #
 # Nothing to do costs a few comparisons of file times and no process. Exit codes as in
-# docs/exit-codes.md: 120 when this machine lacks something, 121 when a step failed.
+# docs/exit-codes.md: 120 when this machine lacks something, 121 when a step failed. The current
+# directory is the agent's and may hold a pip.py: every Python here runs with -I, every program
+# is looked up in the system's directories only.
+
+# Caller sets $root: the checkout, absolute and without symbolic links.
 
 say() { printf 'mis-run: %s\n' "$1" >&2; }
 die() {
@@ -10,10 +15,87 @@ die() {
     exit "$1"
 }
 
-# Program or file → the Debian package that has it.
+# Everything there, made here and newer than what it was made from? File tests only.
+is_set_up() {
+    local stamp="$root/.venv/stamp${1:+-$1}" source place=
+    [ -e "$stamp" ] && [ -x "$root/.venv/bin/python" ] || return 1
+    read -r place <"$stamp"
+    [ "$place" = "$root" ] || return 1 # the checkout was moved: installed paths are wrong
+    for source in "$root"/{pyproject.toml,mis_run/build.py,scripts/setup.sh} \
+        "$root"/bpf/* "$root"/shim/*; do
+        [ "$source" -nt "$stamp" ] && return 1
+    done
+    for source in "$root"/bpf/*.bpf.c; do
+        source=${source##*/}
+        [ -e "$root/mis_run/_built/${source%.c}.o" ] || return 1
+    done
+    for source in "$root"/shim/*.c; do
+        source=${source##*/}
+        [ -e "$root/mis_run/_built/mis-${source%.c}" ] || return 1
+    done
+    return 0
+}
+
+# set_up EXTRA [PACKAGE…]: packages, virtual environment, compiled objects. EXTRA: "" or "dev".
+set_up() {
+    # A subshell: its PATH, umask and lock are not the agent's. Its exit code is ours.
+    (_set_up "$@") || exit $?
+}
+
+_set_up() {
+    local extra=$1 users_path=$PATH
+    shift
+    PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+    umask 022 # what root makes here, other users can run
+    cd / || exit 121
+    [ -w "$root" ] || die 120 "not set up yet, and $root is not writable for you" "sudo $root/mis-run"
+    { exec 9>"$root/.venv.lock"; } 2>/dev/null ||
+        die 120 "not set up yet, and $root/.venv.lock is not writable for you" "sudo $root/mis-run"
+    flock -n 9 || { say "waiting for another start that is setting up"; flock 9; }
+    is_set_up "$extra" && return 0
+    find_python
+    needed_packages "$@"
+    install_packages
+    make_venv
+    say "installing Python packages${extra:+ for $extra}"
+    "$root/.venv/bin/python" -I -m pip install -q --disable-pip-version-check --no-warn-script-location \
+        -e "$root${extra:+[$extra]}" 9>&- ||
+        die 121 "pip could not install the packages above" "check the network, then try again"
+    "$root/.venv/bin/python" -I -m mis_run.build >&2 || exit $?
+    # Byte code now, so that the first run is as fast as the others.
+    "$root/.venv/bin/python" -I -m compileall -q "$root/mis_run" >/dev/null ||
+        say "byte code could not be written; starts will be slower"
+    printf '%s\n' "$root" | tee "$root/.venv/stamp${extra:+-$extra}" >"$root/.venv/stamp"
+}
+
+# The newest Python ≥ 3.11, the distribution's first: its files are readable for every user.
+find_python() {
+    local found wanted
+    found=$(PATH=$users_path command -v python3) || found=
+    for python in /usr/bin/python3 /usr/bin/python3.1{4,3,2,1} /usr/local/bin/python3 "$found"; do
+        case $python in /*) ;; *) continue ;; esac # a relative PATH entry is the agent's
+        new_enough && return 0
+    done
+    # An older distribution with newer Pythons beside its own.
+    if command -v apt-cache >/dev/null; then
+        for wanted in python3.13 python3.12 python3.11 python3; do
+            apt-cache show "$wanted-venv" >/dev/null 2>&1 || continue
+            packages=("$wanted" "$wanted-venv")
+            install_packages
+            python=/usr/bin/$wanted
+            new_enough && return 0
+        done
+    fi
+    die 120 "Python 3.11 or newer is missing" "apt-get install python3.11 python3.11-venv"
+}
+new_enough() {
+    [ -x "$python" ] && "$python" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+# Program or file → the Debian package that has it. Fills $packages.
 needed_packages() {
-    local package missing=()
-    have() { command -v "$1" >/dev/null 2>&1 || [ -x "/usr/sbin/$1" ]; }
+    local package version missing=()
+    have() { command -v "$1" >/dev/null 2>&1; }
     have clang || missing+=(clang)
     have nft || missing+=(nftables)
     have ip || missing+=(iproute2)
@@ -21,82 +103,68 @@ needed_packages() {
     have runc || have crun || missing+=(runc)
     have ld || missing+=(binutils)
     [ -e /usr/include/bpf/bpf_helpers.h ] || missing+=(libbpf-dev)
-    [ -e /usr/include/stdio.h ] || missing+=(libc6-dev)
-    "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-    compgen -G '/usr/lib/*/libbpf.so.1' >/dev/null || missing+=(libbpf1)
+    compgen -G '/usr/lib/*/libc.a' >/dev/null || [ -e /usr/lib/libc.a ] || missing+=(libc6-dev)
+    compgen -G '/usr/include/*/asm/types.h' >/dev/null || [ -e /usr/include/asm/types.h ] ||
+        missing+=(linux-libc-dev)
+    compgen -G '/usr/lib*/*/libbpf.so.1' >/dev/null || compgen -G '/usr/lib*/libbpf.so.1' >/dev/null ||
+        missing+=(libbpf1)
+    if ! "$python" -I -c 'import ensurepip, venv' 2>/dev/null; then
+        version=$("$python" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+        missing+=("python$version-venv")
+    fi
     for package in "$@"; do
-        dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
+        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q ' installed' ||
+            missing+=("$package")
     done
     packages=("${missing[@]}")
 }
 
+# Install $packages, or say in one line why that cannot be.
 install_packages() {
     [ "${#packages[@]}" -gt 0 ] || return 0
-    [ "$(id -u)" = 0 ] || die 120 "missing packages: ${packages[*]}" "sudo apt-get install ${packages[*]}"
-    command -v apt-get >/dev/null 2>&1 ||
+    local log why by_hand="apt-get install ${packages[*]}"
+    command -v apt-get >/dev/null ||
         die 120 "missing: ${packages[*]} (Debian names), and there is no apt-get" "install them by hand"
+    [ "$(id -u)" = 0 ] || die 120 "missing packages: ${packages[*]}" "sudo $by_hand"
     say "installing ${packages[*]}"
-    local log
     log=$(mktemp)
-    if ! DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 update >"$log" 2>&1 ||
-        ! DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 install -y \
-            --no-install-recommends "${packages[@]}" >>"$log" 2>&1; then
-        tail -n 5 "$log" >&2
+    # The lists may be absent or stale: only then is an update worth its time.
+    if ! get install "${packages[@]}" && { ! get update || ! get install "${packages[@]}"; }; then
+        case $(<"$log") in
+        *[Cc]'ould not get lock'*) why="another program holds apt's lock" ;;
+        *'Unable to locate'* | *'no installation candidate'*) why="apt's sources do not have them" ;;
+        *'Could not resolve'* | *'Unable to connect'* | *'Could not connect'* | *'Failed to fetch'*)
+            why="the package mirror cannot be reached" ;;
+        *) why=$(grep -m 1 '^E:' "$log" || tail -n 1 "$log") ;;
+        esac
         rm -f "$log"
-        die 120 "these packages cannot be had: ${packages[*]}" "apt-get install ${packages[*]}"
+        die 120 "cannot install ${packages[*]}: $why" "$by_hand"
     fi
     rm -f "$log"
 }
-
-# The newest Python ≥ 3.11 that every user can read: an agent must be able to run it too.
-find_python() {
-    for python in /usr/bin/python3 /usr/bin/python3.13 /usr/bin/python3.12 /usr/bin/python3.11 \
-        "$(command -v python3 || true)"; do
-        [ -n "$python" ] && [ -x "$python" ] || continue
-        if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            return 0
-        fi
+# 9>&-: a daemon that a package starts must not keep our lock.
+get() {
+    local options=(-qq -o DPkg::Lock::Timeout=120 -o Acquire::Retries=2)
+    local tries=1
+    [ "$1" = update ] && tries=6 # apt has no waiting for the lock of its lists
+    [ "$1" = install ] && options+=(-y --no-install-recommends)
+    while :; do
+        DEBIAN_FRONTEND=noninteractive apt-get "${options[@]}" -o APT::Update::Error-Mode=any "$@" \
+            >"$log" 2>&1 </dev/null 9>&- && return 0
+        [ $((tries -= 1)) -gt 0 ] && grep -q 'ould not get lock' "$log" || return 1
+        sleep 10
     done
-    die 120 "Python 3.11 or newer is missing" "apt-get install python3"
 }
 
-# set_up EXTRA [PACKAGE…]: packages, virtual environment, compiled objects. EXTRA: "" or "dev".
-set_up() {
-    local extra=$1
-    shift
-    local lock="$root/.venv.lock"
-    if [ ! -w "$root" ]; then
-        die 120 "not set up yet, and $root is not writable for you" "sudo $0"
-    fi
-    exec 9>"$lock"
-    flock 9 # two starters at once: the second finds everything done
-    is_set_up "$extra" && { exec 9>&-; return 0; }
-    find_python
-    needed_packages "$@"
-    install_packages
-    if [ ! -x "$root/.venv/bin/python" ]; then
-        say "making a virtual environment"
-        "$python" -m venv "$root/.venv" || die 121 "cannot make $root/.venv" "rm -r $root/.venv"
-    fi
-    say "installing Python packages${extra:+ for $extra}"
-    "$root/.venv/bin/python" -m pip install -q --disable-pip-version-check -e "$root${extra:+[$extra]}" ||
-        die 121 "pip could not install the packages above" "check the network, then try again"
-    "$root/.venv/bin/python" -I -m mis_run.build >&2 || exit $?
-    # Byte code now, so that the first run is as fast as the others.
-    "$root/.venv/bin/python" -m compileall -q "$root/mis_run" || true
-    : >"$root/.venv/stamp${extra:+-$extra}"
-    exec 9>&-
-}
-
-# Everything there and newer than what it was made from? File tests only.
-is_set_up() {
-    local stamp="$root/.venv/stamp${1:+-$1}" source
-    [ -e "$stamp" ] && [ -x "$root/.venv/bin/python" ] || return 1
-    for source in "$root"/pyproject.toml "$root"/bpf/* "$root"/shim/*.c "$root"/scripts/setup.sh; do
-        [ "$source" -nt "$stamp" ] && return 1
-    done
-    for source in net.bpf.o mis-init mis-watchdog; do
-        [ -e "$root/mis_run/_built/$source" ] || return 1
-    done
-    return 0
+# The environment is made with the interpreter's real, versioned name: after an upgrade of the
+# distribution that name is gone, the stamp's test fails and the environment is made anew.
+make_venv() {
+    local place=
+    [ -e "$root/.venv/where" ] && read -r place <"$root/.venv/where"
+    [ "$place" = "$root" ] && [ -x "$root/.venv/bin/python" ] &&
+        "$root/.venv/bin/python" -I -m pip --version >/dev/null 2>&1 && return 0
+    say "making a virtual environment"
+    "$(readlink -f "$python")" -I -m venv --clear "$root/.venv" 9>&- ||
+        die 121 "cannot make $root/.venv" "rm -r $root/.venv"
+    printf '%s\n' "$root" >"$root/.venv/where"
 }

@@ -310,12 +310,12 @@ def _alive(words: str) -> bool:
 
 def test_example_coder(tmp_path: Path) -> None:
     """The README's first agent repairs its project inside the sandbox."""
-    done = run("/usr/bin/python3", str(ROOT / "examples/agents/coder.py"), cwd=ROOT_COPY(tmp_path))
+    done = run("/usr/bin/python3", "examples/agents/coder.py", cwd=checkout(tmp_path))
     assert done.code == 0, (done.out, done.err)
     assert "pass now" in done.out
 
 
-def ROOT_COPY(folder: Path) -> Path:
+def checkout(folder: Path) -> Path:
     """A checkout of our own to work in, so that the project's tree stays clean."""
     copy = folder / "checkout"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
