@@ -90,14 +90,19 @@ def top(which: str | None, as_json: bool, once: bool, interval: float) -> int:
 @command.command()
 @click.argument("which", nargs=-1, required=True, metavar="RUN…")
 @click.option("--signal", "-s", "name", metavar="SIG", help="Send SIG instead of killing.")
-def kill(which: tuple[str, ...], name: str | None) -> int:
+@JSON
+def kill(which: tuple[str, ...], name: str | None, as_json: bool) -> int:
     """Kill runs at once, the whole cgroup, or send their agents a signal."""
     from mis_run import control, state
 
     number = _signal(name) if name else None
+    done = []
     for one in which:
         path, _ = state.find(one)
         control.ask(path, do="kill", signal=number)
+        done.append({"id": path.name, "signal": number or int(signals.SIGKILL)})
+    if as_json:
+        _print(done)
     return 0
 
 
@@ -284,13 +289,17 @@ def profile_show(name: str, as_json: bool) -> int:
 
 @profile.command("check")
 @click.argument("names", nargs=-1, required=True, metavar="NAME|FILE…")
-def profile_check(names: tuple[str, ...]) -> int:
+@JSON
+def profile_check(names: tuple[str, ...], as_json: bool) -> int:
     """Validate profiles; the first error ends with exit code 2."""
     from mis_run import profiles
 
     for name in names:
         profiles.load(name)
-        click.echo(f"{name}: ok")
+        if not as_json:
+            click.echo(f"{name}: ok")
+    if as_json:
+        _print([{"name": name, "ok": True} for name in names])
     return 0
 
 

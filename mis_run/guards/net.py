@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ class NetGuard:
         self._installed: set[tuple[int, bytes]] = set()
         self._resolved: Mapping[str, tuple[str, ...]] = {}
         self._texts: tuple[str, ...] = ()
-        self._canary_calls = 0
+        self._base = (0,) * len(fields(Counts))
         self.canary_pid = 0  # the process that tries forbidden acts for us
         self.xdp_mode = ""
         self._install_listen()
@@ -272,18 +272,24 @@ class NetGuard:
         return found
 
     def counts(self) -> Counts:
-        """The guard's totals; canaries are not the agent's and are taken out."""
+        """The agent's totals: what was tried to verify the guard is not the agent's."""
+        return Counts(
+            *(now - before for now, before in zip(self._totals(), self._base, strict=True))
+        )
+
+    def _totals(self) -> tuple[int, ...]:
+        """The fields of Counts since the guard was loaded. A socket made is no connection yet."""
         hooks = self.hook_counts()
         calls = [hooks[name] for name in HOOKS[:7]]
         packets = [hooks[name] for name in HOOKS[7:]]
-        return Counts(
-            allowed=sum(one["allowed"] for one in calls),
-            denied=sum(one["denied"] + one["audited"] for one in calls) - self._canary_calls,
-            packets_out=sum(one["allowed"] + one["audited"] for one in packets),
-            packets_dropped=sum(one["denied"] for one in packets),
-            bytes_out=sum(one["allowed_bytes"] for one in packets),
-            bytes_dropped=sum(one["denied_bytes"] for one in packets),
-            events_lost=sum(one["lost"] for one in (*calls, *packets)),
+        return (
+            sum(one["allowed"] for one in calls[:6]),
+            sum(one["denied"] + one["audited"] for one in calls),
+            sum(one["allowed"] + one["audited"] for one in packets),
+            sum(one["denied"] for one in packets),
+            sum(one["allowed_bytes"] for one in packets),
+            sum(one["denied_bytes"] for one in packets),
+            sum(one["lost"] for one in (*calls, *packets)),
         )
 
     # ---- proof ----------------------------------------------------------------------------
@@ -311,13 +317,17 @@ class NetGuard:
             if error != EPERM:
                 met = os.strerror(error) if error else "it succeeded"
                 raise VerifyError(f"network guard {hook}: the forbidden act was not refused: {met}")
-            self._canary_calls += 1
         after = self.hook_counts()
         for hook in acts:
             if after[hook]["denied"] == before[hook]["denied"] and not hook.endswith("6"):
                 raise VerifyError(f"network guard {hook}: the refusal was not counted")
         self._verify_socket(probe)
+        self._forget_trials()
+
+    def _forget_trials(self) -> None:
+        """What was tried so far was tried by us."""
         self.read()
+        self._base = self._totals()
 
     def _verify_socket(self, probe: Probe) -> None:
         """A socket that is neither TCP nor UDP."""
@@ -330,7 +340,6 @@ class NetGuard:
             raise VerifyError("network guard sock_create: a forbidden socket was made")
         if not refused and EPERM in tried:
             raise VerifyError("network guard sock_create: the refusal was not counted")
-        self._canary_calls += refused
 
     def verify_xdp(self, netns: int) -> None:
         """Frames sent in the agent's namespace, around every socket hook: dropped *and* counted.
@@ -343,7 +352,7 @@ class NetGuard:
         for hook in ("packet4", "packet6"):
             if after[hook]["denied"] <= before[hook]["denied"]:
                 raise VerifyError(f"network guard xdp: a forbidden {hook} was not dropped")
-        self.read()
+        self._forget_trials()
 
 
 _NO_IPV6 = 97  # EAFNOSUPPORT
