@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import os
 import pwd
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mis_run import cgroup, cgroup_detect, network, rootfs, runtime
+from mis_run.build import PACKAGE, ROOT
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.guards import counters, escape, net
 from mis_run.jsonable import plain
 from mis_run.model import Finding, Host, Options, User
+
+# What a starter of the checkout runs, sources or compiles as root.
+CHECKOUT = ("mis-run", "run-tests", "scripts", "bpf", "shim", "pyproject.toml", "hatch_build.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,16 @@ def probe() -> Host:
         addresses=network.host_addresses(),
         cpus=len(os.sched_getaffinity(0)),
         systemd=Path("/run/systemd/system").is_dir(),
+        engine=_engine(),
     )
+
+
+def _engine() -> tuple[str, ...]:
+    """Where our own code lies: the package, its environment, and in a checkout the rest of it."""
+    found = [PACKAGE, Path(sys.prefix)]
+    if (ROOT / "mis-run").exists():
+        found += [ROOT / name for name in CHECKOUT if (ROOT / name).exists()]
+    return tuple(str(path) for path in found)
 
 
 def _root() -> Finding:

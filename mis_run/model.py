@@ -190,6 +190,7 @@ class Host:
     addresses: tuple[str, ...] = ()  # the host's own IP addresses
     cpus: int = 1
     systemd: bool = False
+    engine: tuple[str, ...] = ()  # our own code: an agent must not change what root runs next
 
     def works(self, mechanism: str) -> bool:
         """Whether the named mechanism was tried and worked."""

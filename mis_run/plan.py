@@ -80,7 +80,7 @@ def make(options: Options, profile: Profile, host: Host, caller: Caller) -> Plan
         rootfs=options.rootfs,
         binds=options.binds,
         masked=masked,
-        protected=profiles.expand(profile.files.protect, facts),
+        protected=(*profiles.expand(profile.files.protect, facts), *host.engine),
         mechanisms=tuple(_mechanisms(profile, host, network)),
         profile=profile,
         network=network,

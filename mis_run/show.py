@@ -63,7 +63,8 @@ def plan(made: Plan) -> str:
     for bind in made.binds:
         mode = "read-only" if bind.readonly else "read-write"
         lines.append(f"bind         {bind.source} at {bind.target} ({mode})")
-    lines += [f"protected    {path} (read-only)" for path in made.protected]
+    inside = [path for path in made.protected if path.startswith(f"{made.cwd}/")]
+    lines += [f"protected    {path} (read-only)" for path in inside]
     lines.append(f"hidden       {', '.join(made.masked) or 'nothing'}")
     kind = {
         NetMode.NONE: "none: loopback only",

@@ -58,8 +58,9 @@ _set_up() {
     install_packages
     make_venv
     say "installing Python packages${extra:+ for $extra}"
+    # A folder of packages that is configured but not there is no news.
     "$root/.venv/bin/python" -I -m pip install -q --disable-pip-version-check --no-warn-script-location \
-        -e "$root${extra:+[$extra]}" 9>&- ||
+        -e "$root${extra:+[$extra]}" 9>&- 2> >(grep -v 'Location .* is ignored' >&2) ||
         die 121 "pip could not install the packages above" "check the network, then try again"
     "$root/.venv/bin/python" -I -m mis_run.build >&2 || exit $?
     # Byte code now, so that the first run is as fast as the others.

@@ -31,18 +31,14 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone that shares this checkout's virtual environment: set up once is enough."""
+    """A fresh clone, set up by its own first start, with the files that the examples speak of."""
     folder = tmp_path_factory.mktemp("readme") / "mis-run"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
-    (folder / ".venv").symlink_to(ROOT / ".venv")
-    (folder / "mis_run/_built").symlink_to(ROOT / "mis_run/_built")
     (folder / "agent.py").write_text("print('agent here')\n")
     (folder / "agent").write_text("#!/bin/sh\necho agent here\n")
     (folder / "agent").chmod(0o755)
     (folder / "Makefile").write_text("test:\n\t@echo tests here\n")
-    for path in folder.rglob("*"):
-        if not path.is_symlink() and path.is_file():
-            os.utime(path, (1, 1))  # older than the stamp: nothing to set up again
+    subprocess.run([folder / "mis-run", "--version"], check=True, timeout=600)
     return folder
 
 
@@ -71,3 +67,19 @@ def test_the_first_example_is_really_repaired(clone: Path) -> None:
     path = clone / "agent-workspace/maths.py"
     assert "a + b" in path.read_text()
     assert path.stat().st_uid == os.getuid()
+
+
+def test_an_agent_in_our_checkout_cannot_change_what_root_runs_next(clone: Path) -> None:
+    """With mis-run's own checkout as workspace its code is read-only, the rest is not."""
+    script = (
+        "for path in mis-run mis_run/__init__.py scripts/setup.sh .venv/pyvenv.cfg bpf/mis.h; do "
+        "sh -c \"echo '#' >> $path\" 2>/dev/null && echo CHANGED $path; "
+        "mv $path $path.old 2>/dev/null && echo MOVED $path; done; "
+        "mv mis_run x 2>/dev/null && echo MOVED mis_run; "
+        "touch agent-was-here && rm agent-was-here && echo free"
+    )
+    argv = [str(clone / "mis-run"), "-q", "--", "sh", "-c", script]
+    done = subprocess.run(argv, cwd=clone, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "free\n"), done.stderr
+    status = ["git", "-C", str(clone), "status", "--porcelain", "--untracked-files=no"]
+    assert subprocess.run(status, capture_output=True, text=True, check=True).stdout == ""
