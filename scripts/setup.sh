@@ -164,6 +164,7 @@ make_venv() {
     [ -e "$root/.venv/where" ] && read -r place <"$root/.venv/where"
     [ "$place" = "$root" ] && [ -x "$root/.venv/bin/python" ] &&
         "$root/.venv/bin/python" -I -m pip --version >/dev/null 2>&1 && return 0
+    [ ! -L "$root/.venv" ] || rm -f "$root/.venv" # never empty what is another checkout's
     say "making a virtual environment"
     "$(readlink -f "$python")" -I -m venv --clear "$root/.venv" 9>&- ||
         die 121 "cannot make $root/.venv" "rm -r $root/.venv"
