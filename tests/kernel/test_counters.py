@@ -36,11 +36,13 @@ def group() -> Iterator[cgroup.Cgroup]:
         mechanisms={}, cgroup=kind, unified=unified, controllers=controllers, runtime=None
     )
     with cgroup.create("mistest-perf", machine) as made:
+        made.agent.mkdir()  # where v2 allows processes: the level above has controllers switched on
         yield made
 
 
 def run_in(place: Path | None, script: str) -> None:
-    enter = f"open({str(place / 'cgroup.procs')!r}, 'w').write('0')\n" if place else ""
+    # Closed at once: an error of a file that is closed by nobody would be lost, and its exit code.
+    enter = f"with open({str(place / 'cgroup.procs')!r}, 'w') as f: f.write('0')\n" if place else ""
     subprocess.run([sys.executable, "-I", "-c", enter + script], check=True, timeout=60)
 
 
@@ -65,11 +67,11 @@ def test_supported_by_trying() -> None:
 def test_known_work_is_counted(group: cgroup.Cgroup) -> None:
     """5000 page faults, 300 sleeps and 0.2 s of CPU are found within a small tolerance."""
     with counters.attach(group.perf, SOFTWARE) as counting:
-        run_in(group.unified, FAULTS)
+        run_in(group.agent, FAULTS)
         faults = counting.read()
-        run_in(group.unified, SWITCHES)
+        run_in(group.agent, SWITCHES)
         switches = counting.read()
-        run_in(group.unified, BURN)
+        run_in(group.agent, BURN)
         burnt = counting.read()
     assert 5000 <= faults["minor-faults"].value < 5000 + 2000
     assert faults["page-faults"].value == (
@@ -96,7 +98,6 @@ def test_work_outside_is_not_counted(group: cgroup.Cgroup) -> None:
 
 def test_below_is_counted_too(group: cgroup.Cgroup) -> None:
     """Work in the agent's cgroup below, and by processes that it forked, is counted."""
-    group.agent.mkdir()
     with counters.attach(group.perf, ("minor-faults",)) as counting:
         run_in(group.agent, f"import os\nif os.fork() == 0:\n    exec({FAULTS!r})\nelse: os.wait()")
         assert counting.read()["minor-faults"].value >= 5000
@@ -107,7 +108,7 @@ def test_without_a_pmu(group: cgroup.Cgroup) -> None:
     """Hardware events say that they are unavailable; software ones appear under their own names
     and no ratio is invented."""
     with counters.attach(group.perf, HARDWARE) as counting:
-        run_in(group.unified, BURN)
+        run_in(group.agent, BURN)
         found = counting.read()
     for name in HARDWARE:
         assert found[name].unavailable == counters.NO_PMU
@@ -120,7 +121,7 @@ def test_without_a_pmu(group: cgroup.Cgroup) -> None:
 def test_with_a_pmu(group: cgroup.Cgroup) -> None:
     """With a PMU, cycles and instructions are counted and give a plausible ratio."""
     with counters.attach(group.perf, ("cycles", "instructions")) as counting:
-        run_in(group.unified, BURN)
+        run_in(group.agent, BURN)
         found = counting.read()
     assert set(found) == {"cycles", "instructions", "ipc"}
     assert 0.05 < found["ipc"].value < 8
@@ -171,29 +172,29 @@ def test_cpus_that_come_and_go(group: cgroup.Cgroup) -> None:
     pinned = "import os\nos.sched_setaffinity(0, {%d})\n"
     now = both[:1]
     with counters.attach(group.perf, ("minor-faults",), lambda: now) as counting:
-        run_in(group.unified, pinned % both[1] + FAULTS)
+        run_in(group.agent, pinned % both[1] + FAULTS)
         unseen = counting.read()["minor-faults"].value
         assert unseen < 3000  # only its start, before it moved to the CPU that is not counted
         now = both[:2]
         counting.read()
-        run_in(group.unified, pinned % both[1] + FAULTS)
+        run_in(group.agent, pinned % both[1] + FAULTS)
         seen = counting.read()["minor-faults"].value
         assert seen >= unseen + 5000
         now = both[:1]
         assert counting.read()["minor-faults"].value == seen
         now = both[:2]
         counting.read()
-        run_in(group.unified, pinned % both[1] + FAULTS)
+        run_in(group.agent, pinned % both[1] + FAULTS)
         assert counting.read()["minor-faults"].value >= seen + 5000
 
 
 def test_verify_proves_and_refuses(group: cgroup.Cgroup) -> None:
     """Work inside passes; a probe that works elsewhere is found out; the proof leaves nothing."""
     with counters.attach(group.perf, ("task-clock",)) as counting:
-        counting.verify(lambda: run_in(group.unified, "pass"))
+        counting.verify(lambda: run_in(group.agent, "pass"))
         with pytest.raises(VerifyError, match="not counted"):
             counting.verify(lambda: run_in(None, "pass"))
-    assert [path.name for path in group.unified.iterdir() if path.is_dir()] == []
+    assert [path.name for path in group.unified.iterdir() if path.is_dir()] == [group.agent.name]
 
 
 def test_words(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_opened_in_the_background(group: cgroup.Cgroup) -> None:
     fds = len(os.listdir("/proc/self/fd"))
     with counters.attach(group.perf, ("task-clock",), later=True) as counting:
         counting.ready()
-        run_in(group.unified, "pass")
+        run_in(group.agent, "pass")
         assert counting.read()["task-clock"].value > 0
     with (
         pytest.raises(FileNotFoundError),

@@ -78,6 +78,55 @@ def test_not_root_and_not_set_up_is_clear(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_first_starts_in_a_hostile_directory(tmp_path: Path) -> None:
+    """Two starts set a fresh clone up once, importing nothing of the current directory; a moved
+    checkout is set up again."""
+    clone, hostile = tmp_path / "clone", tmp_path / "hostile"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    hostile.mkdir()
+    for name in ("pip", "venv", "ensurepip", "compileall", "mis_run"):
+        (hostile / f"{name}.py").write_text("raise SystemExit('hijacked')")
+    pipe = subprocess.PIPE
+    started = [
+        subprocess.Popen([clone / "mis-run", "--version"], cwd=hostile, stdout=pipe, stderr=pipe)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert all(out.startswith(b"mis-run ") for out, _ in said)
+    assert sum(err.count(b"making a virtual environment") for _, err in said) == 1
+    moved = clone.rename(tmp_path / "moved")
+    again = subprocess.run([moved / "mis-run", "--version"], capture_output=True, check=False)
+    assert again.stdout.startswith(b"mis-run "), again.stderr
+    assert b"making a virtual environment" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_package_that_cannot_be_had(tmp_path: Path) -> None:
+    """Without the mirror a missing package is one line, a hint and code 120; nothing is made."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    # In namespaces of its own: no network, empty package lists, libbpf's headers hidden.
+    hide = "; ".join(
+        f"mount -t tmpfs tmpfs {folder}"
+        for folder in ("/usr/include/bpf", "/var/lib/apt", "/var/cache/apt")
+    )
+    # dpkg must believe that the package is not installed.
+    status = tmp_path / "status"
+    words = Path("/var/lib/dpkg/status").read_text().split("\n\n")
+    status.write_text("\n\n".join(w for w in words if not w.startswith("Package: libbpf-dev\n")))
+    script = f"{hide}; mount --bind {status} /var/lib/dpkg/status; exec {clone}/mis-run --version"
+    done = subprocess.run(
+        ["unshare", "--mount", "--net", "sh", "-c", script],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 120, done.stderr
+    assert "cannot install libbpf-dev: the package mirror cannot be reached" in done.stderr
+    assert "hint: apt-get install libbpf-dev" in done.stderr
+    assert not (clone / ".venv").exists()
+
+
+@pytest.mark.slow
 def test_wheel_has_the_compiled_objects(tmp_path: Path) -> None:
     """`pip install .` in a fresh environment gives both commands, which launch an agent."""
     clone = tmp_path / "clone"
