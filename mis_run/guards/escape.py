@@ -97,10 +97,16 @@ class EscapeGuard:
         self._epoll.close()
 
     def read(self) -> list[Event]:
-        """Answer what waits and what is due; never blocks longer than `late.LEAD`."""
+        """Answer what waits and what is due; never blocks longer than `late.LEAD`.
+
+        Ends with the first violation: what it does to the DEFCON level must be in force before the
+        next call is judged, and the caller counts.  What else waits keeps `fileno` readable.
+        """
         self._late.run()
         events: list[Event] = []
         for _ in range(BATCH):
+            if events:
+                break
             ready, over = seccomp.state(self._listener)
             if over:
                 self._end()
