@@ -206,6 +206,8 @@ def _settle(commands: Sequence[str], *, ipv6: bool) -> None:
         shared.turn(shared.CONF6 / which / "accept_ra", "0")
         if not ipv6:
             shared.turn(shared.CONF6 / which / "disable_ipv6", "1")
+    # No link-local address: nothing to solicit with, and none of ours to be reached by.
+    shared.turn(shared.CONF6 / "default" / "addr_gen_mode", "1")
     _batch(commands)
 
 
@@ -218,6 +220,7 @@ def _distrust(interface: str, *, ipv6: bool) -> None:
     shared.turn(shared.CONF4 / interface / "rp_filter", "1")
     for switch in ("accept_ra", "accept_redirects"):
         shared.turn(shared.CONF6 / interface / switch, "0")
+    shared.turn(shared.CONF6 / interface / "addr_gen_mode", "1")
     if not ipv6:
         shared.turn(shared.CONF6 / interface / "disable_ipv6", "1")
 
@@ -311,7 +314,7 @@ def gc(live: set[str]) -> list[str]:
     if not shared.NET.is_dir():
         return []
     removed = []
-    for interface in os.listdir("/sys/class/net"):  # noqa: PTH208 - names only
+    for _, interface in socket.if_nameindex():
         run_id = interface.removeprefix("mis-")
         if run_id != interface and ID.fullmatch(run_id) and run_id not in live:
             _run(["ip", "link", "del", interface])

@@ -150,7 +150,8 @@ def unshare() -> None:
     """Undo the table and the switches; fine when they are undone."""
     if (NET / "record").exists():
         for path, value in _recorded()["before"].items():
-            turn(Path(path), value)
+            if _value(Path(path)) not in ("", value):
+                turn(Path(path), value)
         nft.remove()
         (NET / "record").unlink()
 
