@@ -138,9 +138,7 @@ class Follower:
 
     def _take_mail(self) -> None:
         self._mailbox.recv(4096)
-        count = len(self._mail)  # another thread may append meanwhile
-        mail = self._mail[:count]
-        del self._mail[:count]
+        mail, self._mail = self._mail, []
         self.emit(mail)
 
     def signal(self, number: int) -> None:

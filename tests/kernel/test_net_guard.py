@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -368,7 +369,9 @@ def test_xdp(name: str, xdp: net.NetGuard) -> None:
 
 def test_a_flood_is_told_once_and_counted_fully(xdp: net.NetGuard) -> None:
     """A thousand packets to one forbidden place are one event and a thousand drops."""
+    began = time.monotonic()
     for _ in range(1000):
         run_xdp(xdp, packet("198.51.100.9", 9))
+    seconds = time.monotonic() - began
     assert xdp.counts().packets_dropped == 1000
-    assert len(xdp.read()) == 1
+    assert 1 <= len(xdp.read()) <= 1 + int(seconds)  # once a second, however slow the machine
