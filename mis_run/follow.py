@@ -106,13 +106,16 @@ class Follower:
         """Execute the agent. Guards answer meanwhile: its first acts may come before our reply."""
         self.box.go(self.plan.command[0], None if self.plan.tty else (0, 1, 2))
         self.loop.remove(self.box.fileno())
-        self.started = time.monotonic()
         self.loop.add(self.box.fileno(), self._from_shim)
+        self._begin()
+        self._from_shim()  # a short agent has ended before we looked
+
+    def _begin(self) -> None:
+        self.started = time.monotonic()
         self.loop.add(self.box.pidfd, self._gone)
         self.loop.every(LIMITS_EVERY, self._look)
         if timeout := self.plan.limits.timeout:
             self.loop.after(timeout, self._timed_out)
-        self._from_shim()  # a short agent has ended before we looked
 
     def emit(self, events: Iterable[Event]) -> None:
         """Record events and let violations count; DEFCON 1 ends the run."""

@@ -35,12 +35,16 @@ class Watchdog:
         self._settings = settings
         self._word = word
 
-    def watching(self, lifeline: socket.socket) -> None:
-        """Wait until it watches, and give it a copy of the lifeline to hold. Raises SetupError."""
+    def watching(self, lifeline: socket.socket | None) -> None:
+        """Wait until it watches, and give it a copy of the lifeline to hold. Raises SetupError.
+
+        An engine's container has no shim of ours, and so no lifeline.
+        """
         with os.fdopen(self._word, "rb") as word:
             if word.read() != b"watching\n":
                 raise SetupError("the watchdog did not start", hint="mis doctor")
-        socket.send_fds(self._beats, [b"hold"], [lifeline.fileno()])
+        if lifeline is not None:
+            socket.send_fds(self._beats, [b"hold"], [lifeline.fileno()])
 
     def start(self, lost: Callable[[], None], heard: Callable[[str], None]) -> None:
         """Beat from now on. ``heard`` gets ``late`` and ``recovered``."""

@@ -32,6 +32,7 @@ GRACE = 60.0  # seconds an address stays allowed after it left the answer, at le
 RETRY = 5.0  # seconds until a failed name is tried again
 PATIENCE = 4.0  # seconds an agent's query waits for a name that is being resolved
 MOST_WAITING = 64
+OWN = "127.0.0.1"  # where the agent finds our resolver, in its own namespace
 
 Resolved = dict[str, tuple[str, ...]]
 
@@ -287,7 +288,7 @@ class Names:
         self._on_event(Event(kind="net.unresolved", guard=Guarantee.NET, subject=subject))
 
 
-def _inside(netns: int) -> list[socket.socket]:
+def _inside(netns: int, address: str) -> list[socket.socket]:
     """UDP and TCP sockets on port 53 of the namespace's own loopback."""
     made: list[socket.socket] = []
     failed: list[OSError] = []
@@ -298,7 +299,7 @@ def _inside(netns: int) -> list[socket.socket]:
             for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
                 sock = socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC)
                 made.append(sock)
-                sock.bind(("127.0.0.1", 53))
+                sock.bind((address, 53))
             made[1].listen(16)
         except OSError as error:
             failed.append(error)
@@ -323,13 +324,14 @@ def serve(
     ipv6: bool,
     on_change: Callable[[Resolved], None],
     on_event: Callable[[Event], None],
+    address: str = OWN,
 ) -> Iterator[Names]:
     """Resolve ``names`` and answer the agent inside ``netns`` until the context ends."""
     prefixes = {**rules.SPECIAL, **dict.fromkeys(own_addresses, "")}
     denied = [rules.key(ipaddress.ip_network(prefix)) for prefix in prefixes]
     served = Names(
         names,
-        sockets=_inside(netns) if netns is not None else (),
+        sockets=_inside(netns, address) if netns is not None else (),
         resolvers=upstream(resolvers),
         denied=denied,
         ipv6=ipv6,
@@ -349,10 +351,12 @@ def serve_plan(
     netns: int | None,
     on_change: Callable[[Resolved], None],
     on_event: Callable[[Event], None],
+    address: str = OWN,
 ) -> Iterator[None]:
     """`serve` what a plan needs: a resolver in the agent's namespace, or only fresh addresses.
 
     In host mode (no ``netns``) the agent asks the host's resolver, which a rule must allow.
+    ``address`` is where in its namespace we answer.
     """
     wanted = of(plan.allow)
     if plan.mode is NetMode.NONE or (netns is None and not wanted):
@@ -366,6 +370,7 @@ def serve_plan(
         ipv6=plan.ipv6 or plan.mode is NetMode.HOST,
         on_change=on_change,
         on_event=on_event,
+        address=address,
     ):
         yield
 
@@ -376,6 +381,6 @@ def of(plan_rules: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in found if name))
 
 
-def resolv_conf() -> str:
+def resolv_conf(address: str = OWN) -> str:
     """The agent's /etc/resolv.conf."""
-    return "nameserver 127.0.0.1\noptions timeout:5 attempts:1\n"
+    return f"nameserver {address}\noptions timeout:5 attempts:1\n"

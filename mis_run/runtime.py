@@ -93,20 +93,20 @@ def create(
         argv += ["--bundle", str(folder), "--pid-file", str(folder / "pid"), "--preserve-fds", "1"]
         console = listener = None
         if config["process"]["terminal"]:
-            console = _listen(stack, folder / "console.sock")
+            console = listen(stack, folder / "console.sock")
             argv += ["--console-socket", str(folder / "console.sock")]
         if path := config["linux"].get("seccomp", {}).get("listenerPath"):
-            listener = _listen(stack, Path(path))
+            listener = listen(stack, Path(path))
         _create([*argv, run_id], theirs, folder, meanwhile)
         theirs.close()
         pid = int((folder / "pid").read_text())
         box = Box(base, run_id, pid, ours)
         stack.callback(_end, box)
         if console is not None:
-            box.pty = _receive(console)
+            box.pty = receive(console)
             stack.callback(os.close, box.pty)
         if listener is not None:
-            box.seccomp_fd = _receive(listener)
+            box.seccomp_fd = receive(listener)
             stack.callback(os.close, box.seccomp_fd)
         yield box
 
@@ -162,7 +162,8 @@ def _hint(words: str) -> str:
     return "mis doctor"
 
 
-def _listen(stack: ExitStack, path: Path) -> socket.socket:
+def listen(stack: ExitStack, path: Path) -> socket.socket:
+    """A socket that a runtime will send a descriptor to."""
     listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     listener.bind(str(path))
     listener.listen(1)
@@ -171,7 +172,7 @@ def _listen(stack: ExitStack, path: Path) -> socket.socket:
     return listener
 
 
-def _receive(listener: socket.socket) -> int:
+def receive(listener: socket.socket) -> int:
     """The descriptor a runtime sent to one of our sockets."""
     try:
         peer, _ = listener.accept()

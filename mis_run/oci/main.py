@@ -1,0 +1,115 @@
+"""``mis-oci-runtime``: what an engine calls instead of runc.
+
+`main` prints, logs and exits; everything below only raises `MisError`.  Commands that need no
+guarding become the OCI runtime's own process, with the words as they came.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mis_run.errors import MisError, SetupError
+from mis_run.oci import operator, words
+from mis_run.oci.operator import Operator
+from mis_run.oci.words import Call
+
+SBIN = "/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin"
+
+
+def main() -> NoReturn:
+    """The program."""
+    argv = sys.argv[1:]
+    try:
+        code = dispatch(argv)
+    except MisError as error:
+        if error.message:
+            complain(error, argv)
+        code = error.exit_code
+    except OSError as error:
+        failure = SetupError(str(error), hint="mis doctor")
+        complain(failure, argv)
+        code = failure.exit_code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Do what the words say; the exit code, where the OCI runtime has not taken our place."""
+    call = words.parse(argv)
+    decided = operator.load()
+    runtime = find_runtime(decided)
+    if call.command not in words.GUARDED or {"help", "h"} & {*call.options}:
+        return _become(runtime, call, call.arguments)
+    if call.command in ("create", "run"):
+        from mis_run.oci import create  # late: other commands should not pay for it
+
+        act = create.run if call.command == "run" else create.create
+        return act(call, runtime, decided)
+    from mis_run.oci import runs
+
+    if call.command == "delete":
+        code = runs.run_and_wait(runtime, *call.base, call.command, *call.arguments)
+        runs.wait_gone(call)
+        return code
+    if call.command == "exec":
+        from mis_run.oci import execute
+
+        return _become(runtime, call, execute.words(call, decided))
+    runs.live(call)
+    return _become(runtime, call, call.arguments)
+
+
+def find_runtime(decided: Operator) -> Path:
+    """The OCI runtime that does the work. Raises SetupError when there is none."""
+    if decided.runtime is not None:
+        return decided.runtime
+    for name in ("runc", "crun"):
+        if path := shutil.which(name, path=SBIN):
+            return Path(path)
+    raise SetupError("no OCI runtime: neither runc nor crun", hint="apt-get install runc")
+
+
+def _become(runtime: Path, call: Call, arguments: Sequence[str]) -> NoReturn:
+    """The OCI runtime in our place, with our descriptors and our process id."""
+    command = [call.command] if call.command else []
+    try:
+        os.execv(runtime, [str(runtime), *call.base, *command, *arguments])
+    except OSError as error:
+        raise SetupError(f"{runtime}: {error.strerror}", hint=f"see {operator.FILE}") from error
+
+
+def complain(error: MisError, argv: Sequence[str]) -> None:
+    """One line on stderr, and one in the log that the engine reads its message from."""
+    text = f"mis-run: {error.message}" + (f" (hint: {error.hint})" if error.hint else "")
+    text = " ".join(text.split())
+    print(text, file=sys.stderr)
+    path = _value("log", argv)
+    if not path:
+        return
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    line = f'time="{stamp}" level=error msg={json.dumps(text)}'
+    if _value("log-format", argv) == "json":
+        line = json.dumps({"level": "error", "msg": text, "time": stamp})
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        with os.fdopen(fd, "w") as file:
+            file.write(f"{line}\n")
+    except OSError:  # stderr has it
+        return
+
+
+def _value(name: str, argv: Sequence[str]) -> str | None:
+    """A global option's value, also of words that as a whole could not be understood."""
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        bare, given, value = word.removeprefix("-").removeprefix("-").partition("=")
+        if word.startswith("-") and bare == name:
+            return value if given else following
+    return None

@@ -1,0 +1,231 @@
+"""One process per container of an engine: guards it from before its first instruction to its end.
+
+The same parts as `launch._launch`, in the same order, around a container that somebody else makes,
+starts, pauses and removes.  It outlives the call that began it and belongs to no session; if it is
+lost, the watchdog kills the container.  Out of scope: being started and heard (`guardian`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from mis_run import control, liveness, names, report, runtime, state, supervise
+from mis_run.defcon import Tracker
+from mis_run.events import Event
+from mis_run.follow import Ending, Follower
+from mis_run.guards import counters, escape, net
+from mis_run.later import Later
+from mis_run.linux import memfd
+from mis_run.model import NetMode, Plan
+from mis_run.oci import container
+
+ENDED = Ending("ended", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What the call that makes a container wants guarded."""
+
+    plan: Plan
+    container: str  # the engine's id
+    root: str  # the OCI runtime's state directory, within which that id is unique
+    sealed: bool  # whether its pid namespace is new, so that memory files can be sealed in it
+    capabilities: tuple[str, ...]  # more than these nobody executes there later
+
+
+class Caller(Protocol):
+    """The call of the runtime that is waiting for us."""
+
+    def say(self, **words: Any) -> None:
+        """Tell it something."""
+
+    def pid(self) -> int:
+        """Wait for the container's init, held before its first instruction."""
+
+
+def own_address(run_id: str) -> str:
+    """Where in its network namespace a container finds our resolver.
+
+    Containers may share one (``--network container:X``), so each run has an address of its own.
+    """
+    number = int(run_id, 16)
+    return f"127.77.{number >> 8 & 255}.{number % 254 + 1}"
+
+
+class Watcher(Follower):
+    """Follows a container whose exit code its engine learns, not we."""
+
+    def go(self) -> None:
+        """The engine starts it whenever it wants."""
+        self.loop.remove(self.box.fileno())
+        self._begin()
+
+    def _gone(self) -> None:
+        self._finish(ENDED)
+        self.loop.remove(self.box.pidfd)
+
+    def listen(self, listener: socket.socket) -> None:
+        """Guard each process that the engine executes in the container later (``docker exec``).
+
+        Its filter is installed, and its listener handed to us, before its first instruction.
+        """
+        listener.setblocking(False)
+        self.loop.add(listener.fileno(), partial(self._knocked, listener))
+
+    def _knocked(self, listener: socket.socket) -> None:
+        with suppress(BlockingIOError):  # gone again before we came to it
+            peer, _ = listener.accept()
+            self.loop.add(peer.fileno(), partial(self._handed_over, peer))
+
+    def _handed_over(self, peer: socket.socket) -> None:
+        self.loop.remove(peer.fileno())
+        with peer:
+            _, fds, _, _ = socket.recv_fds(peer, 64 << 10, 4)
+        for fd in fds:
+            self.guard(fd)
+
+    def guard(self, listener: int) -> None:
+        """Answer one more filter's listener, which is ours from now on."""
+        stack = ExitStack()
+        stack.callback(os.close, listener)
+        guard = stack.enter_context(
+            escape.attach(
+                listener,
+                enforce=self.plan.profile.enforce,
+                delay=self.tracker.delay,
+                effects=lambda: self.tracker.effects,
+            )
+        )
+        number = guard.fileno()
+        self.guards = {**self.guards, f"escape-{number}": guard}
+
+        def serve() -> None:
+            self.emit(guard.read())
+            if guard.over:  # that process and its children are gone
+                self.loop.remove(number)
+                self.guards = {k: v for k, v in self.guards.items() if v is not guard}
+                stack.close()
+
+        self.loop.add(number, serve)
+
+
+def supervise_container(order: Order, caller: Caller) -> None:
+    """Guard one container to its end. Raises MisError for everything that fails on the way."""
+    with (
+        state.create(order.plan.name) as run_dir,
+        report.open_record(run_dir.id, order.plan.log) as record,
+    ):
+        run_dir.note(
+            container=order.container, root=order.root, capabilities=list(order.capabilities)
+        )
+        facts: dict[str, Any] = {}
+        try:
+            facts = _guarded(order, run_dir, record, caller)
+        finally:
+            subject = facts or {"message": "the container was not guarded"}
+            kind = "run.exit" if facts else "run.failed"
+            record.write(Event(kind=kind, subject=subject))
+
+
+def _guarded(
+    order: Order, run_dir: state.RunDir, record: report.Record, caller: Caller
+) -> dict[str, Any]:
+    plan = order.plan
+    settings, enforce = plan.profile, plan.profile.enforce
+    with ExitStack() as stack:
+        on = stack.enter_context
+        loop = on(supervise.loop())
+        socket_path = run_dir.path / "seccomp.sock"
+        listener = runtime.listen(stack, socket_path)
+        resolver = own_address(run_dir.id)
+        resolv_conf = run_dir.path / "resolv.conf"
+        resolv_conf.write_text(names.resolv_conf(resolver))
+        resolv_conf.chmod(0o644)
+        loading = Later(lambda: net.load(plan.network, enforce=enforce))
+        stack.callback(loading.wait)
+        caller.say(run=str(run_dir.path))
+        pid = caller.pid()
+        box = on(container.box_of(pid))
+        group = container.cgroup_of(pid, plan.host)
+        run_dir.note(cgroup=str(group.unified), pid=pid)
+        dog = on(
+            liveness.arm(
+                loop,
+                settings.liveness,
+                run_id=run_dir.id,
+                cgroup=group.unified,
+                record=record.fileno(),
+            )
+        )
+        guard = on(net.attach(group.unified, loading.result()))
+        container.check_filter(pid)
+        if order.sealed:
+            memfd.seal(box.pidfd)
+        tracker = Tracker(settings.defcon)
+        first = runtime.receive(listener)
+        counted = on(counters.attach(group.unified, settings.counters, later=True))
+        supervise.come_first()
+        watcher = Watcher(
+            loop=loop,
+            plan=plan,
+            record=record,
+            cgroup=group,
+            box=box,
+            guards={"net": guard},
+            tracker=tracker,
+            counters=counted,
+        )
+
+        def close() -> None:
+            # Whatever ends us while the container lives ends the container.
+            if watcher.ending is None:
+                group.kill()
+
+        stack.callback(close)
+        watcher.watch()
+        watcher.guard(first)
+        with container.canary(box, group) as guard.canary_pid:
+            guard.verify(box.probe)
+        guard.canary_pid = 0
+        counted.ready()
+        watcher.listen(listener)
+        dog.watching(None)
+        netns = None
+        if plan.network.mode is not NetMode.HOST:
+            netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, netns)
+        on(names.serve_plan(plan.network, netns, guard.update, watcher.emit_soon, resolver))
+        on(control.serve(loop, run_dir.path / "control.sock", watcher.request))
+        dog.start(watcher.unwatched, watcher.dog_says)
+        subject = _facts(plan, record)
+        run_dir.note(phase="running", **subject)
+        record.write(Event(kind="run.start", subject=subject))
+        watcher.go()
+        caller.say(guarded=True)
+        loop.until(lambda: watcher.ending is not None)
+        dog.pause()
+        assert watcher.ending is not None
+        ending = watcher.ending
+        code = None if ending is ENDED else ending.code  # the engine knows the container's own
+        return {"ending": ending.how, "code": code, **watcher.measurements()}
+
+
+def _facts(plan: Plan, record: report.Record) -> dict[str, Any]:
+    """What the state file and the ``run.start`` event say of a container."""
+    return {
+        "began": time.time(),
+        "command": list(plan.command),
+        "profile": plan.profile.name,
+        "user": plan.user.name,
+        "workdir": str(plan.cwd),
+        "network": plan.network.mode.value,
+        "mechanisms": [m.name for m in plan.mechanisms if m.finding.ok],
+        "waived": [],
+        "record": str(record.path) if record.path else None,
+    }
