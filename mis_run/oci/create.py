@@ -16,7 +16,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
-from mis_run import host, interior, profiles
+from mis_run import host, interior, profiles, state
 from mis_run.errors import SetupError, UsageError
 from mis_run.linux import memfd
 from mis_run.model import Host, Plan
@@ -25,7 +25,6 @@ from mis_run.oci.operator import Operator
 from mis_run.oci.spec import Spec
 from mis_run.oci.supervisor import Order
 from mis_run.oci.words import RUN_FLAGS, Call
-from mis_run.state import NAME
 
 SEARCH = (profiles.SYSTEM, profiles.BUILT_IN)
 """Never a user's own profiles: whose would they be?"""
@@ -86,17 +85,25 @@ def prepare(call: Call, found: Spec, decided: Operator, machine: Host) -> Plan:
     """The plan for one container. Raises UsageError and MissingGuarantee."""
     dangers.check(found, decided.allow)
     chosen = operator.choose(decided, call.profile, found.annotations, found.environment)
+    search = (*([decided.profiles] if decided.profiles else ()), *SEARCH)
     plan = planning.make(
-        profiles.load(chosen, search=SEARCH), found, decided, machine, _name(call.container)
+        profiles.load(chosen, search=search),
+        found,
+        decided,
+        machine,
+        _name(call.container),
     )
     planning.check(plan)
     return plan
 
 
 def _name(container: str) -> str | None:
-    """The run's name for ``mis ps``: the engine's short id."""
+    """The run's name for ``mis ps``: the engine's short id, unless that is taken."""
     short = container[:SHORT_ID] if len(container) == 64 else container
-    return short if NAME.fullmatch(short) else None
+    if not state.NAME.fullmatch(short):
+        return None
+    # Ids are unique within one engine only.
+    return None if any(facts.get("name") == short for _, facts in state.live()) else short
 
 
 def _bundle(call: Call) -> Path:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mis_run.errors import UsageError
-from mis_run.oci.operator import FILE, LOOSENINGS
+from mis_run.oci.operator import LOOSENINGS
 from mis_run.oci.spec import Spec
+from mis_run.oci.words import FILE
 
 MEMORY = frozenset({(1, 1), (1, 2), (1, 4)})  # /dev/mem, /dev/kmem, /dev/port: admin-guide/devices
 # Whole trees that are the host, or hold every service's socket; exactly these, not what lies below.

@@ -12,8 +12,8 @@ from typing import Any
 
 from mis_run.errors import UsageError
 from mis_run.oci import runs, spec
-from mis_run.oci.operator import FILE, Operator
-from mis_run.oci.words import Call
+from mis_run.oci.operator import Operator
+from mis_run.oci.words import FILE, Call
 
 SHAPE = {"capabilities": dict, "args": list, "env": list, "cwd": str}
 SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")

@@ -44,7 +44,7 @@ def main() -> NoReturn:
 def dispatch(argv: Sequence[str]) -> int:
     """Do what the words say; the exit code, where the OCI runtime has not taken our place."""
     call = words.parse(argv)
-    decided = operator.load()
+    decided = operator.load(call.config)
     runtime = find_runtime(decided)
     if call.command not in words.GUARDED or {"help", "h"} & {*call.options}:
         return _become(runtime, call, call.arguments)
@@ -83,7 +83,7 @@ def _become(runtime: Path, call: Call, arguments: Sequence[str]) -> NoReturn:
     try:
         os.execv(runtime, [str(runtime), *call.base, *command, *arguments])
     except OSError as error:
-        raise SetupError(f"{runtime}: {error.strerror}", hint=f"see {operator.FILE}") from error
+        raise SetupError(f"{runtime}: {error.strerror}", hint=f"see {call.config}") from error
 
 
 def complain(error: MisError, argv: Sequence[str]) -> None:

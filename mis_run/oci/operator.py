@@ -7,6 +7,7 @@ chooses among what the file allows, and never loosens it.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import tomllib
@@ -17,8 +18,8 @@ from typing import Any
 
 from mis_run.errors import ProfileError, UsageError
 from mis_run.events import Guarantee
+from mis_run.oci.words import FILE
 
-FILE = Path("/etc/mis/oci.toml")
 MOST_BYTES = 64 << 10
 ANNOTATION = "mis.profile"
 VARIABLE = "MIS_PROFILE"
@@ -41,19 +42,20 @@ class Operator:
 
     runtime: Path | None = None  # the OCI runtime to delegate to
     profile: str = "default"  # when nothing else names one
+    profiles: Path | None = None  # a folder where profiles are looked up first
     allowed: tuple[str, ...] = ()  # profiles that containers may ask for, beside ``profile``
     minimum: frozenset[Guarantee] = frozenset()  # guarantees required whatever the profile says
     from_environment: bool = False  # whether MIS_PROFILE of the container is looked at
     allow: frozenset[str] = frozenset()  # of LOOSENINGS
 
 
-def load(path: Path = FILE) -> Operator:
-    """The operator's file; the defaults where there is none. Raises ProfileError."""
+def load(path: Path) -> Operator:
+    """The operator's file; the defaults where the usual one does not exist. Raises ProfileError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return Operator()
     except OSError as error:
+        if error.errno == errno.ENOENT and str(path) == FILE:
+            return Operator()
         raise ProfileError(f"{path}: {error.strerror}") from None
     with os.fdopen(fd, "rb") as file:
         status = os.fstat(fd)
@@ -77,20 +79,18 @@ def load(path: Path = FILE) -> Operator:
 
 def build(data: Mapping[str, Any]) -> Operator:
     """`Operator` from TOML values. Raises UsageError for the first that is wrong."""
-    known = ("runtime", "profile", "allowed", "minimum", "from_environment", "allow")
+    known = ("runtime", "profile", "profiles", "allowed", "minimum", "from_environment", "allow")
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"keys: {', '.join(known)}"
             raise UsageError(f"unknown key {key!r}", hint=hint)
-    runtime = data.get("runtime")
-    if runtime is not None and not (isinstance(runtime, str) and runtime.startswith("/")):
-        raise UsageError("runtime: must be an absolute path")
     environment = data.get("from_environment", False)
     if not isinstance(environment, bool):
         raise UsageError("from_environment: must be true or false")
     return Operator(
-        runtime=Path(runtime) if runtime else None,
+        runtime=_path(data, "runtime"),
+        profiles=_path(data, "profiles"),
         profile=name(data.get("profile", "default"), "profile"),
         allowed=tuple(name(entry, "allowed") for entry in _list(data, "allowed")),
         minimum=frozenset(
@@ -112,6 +112,13 @@ def name(value: Any, where: str) -> str:
             "and the built-in ones: mis profile list",
         )
     return value
+
+
+def _path(data: Mapping[str, Any], key: str) -> Path | None:
+    value = data.get(key)
+    if value is not None and not (isinstance(value, str) and value.startswith("/")):
+        raise UsageError(f"{key}: must be an absolute path")
+    return Path(value) if value else None
 
 
 def _list(data: Mapping[str, Any], key: str) -> list[Any]:

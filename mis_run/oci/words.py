@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mis_run.errors import UsageError
 
+FILE = "/etc/mis/oci.toml"
+
 GLOBAL_VALUES = frozenset({"root", "log", "log-format", "criu", "rootless", "cgroup-manager"})
 GLOBAL_FLAGS = frozenset({"debug", "systemd-cgroup", "help", "h", "version", "v"})
-OURS = frozenset({"mis-profile"})
+OURS = frozenset({"mis-profile", "mis-config"})
 """Global options that are ours alone: in daemon.json, as ``runtimeArgs``."""
 
 PASSED = frozenset(
@@ -59,6 +62,11 @@ class Call:
     def options(self) -> dict[str, str]:
         """The command's options; of one given twice the last, as in Go."""
         return dict(self.pairs)
+
+    @property
+    def config(self) -> Path:
+        """The operator's file."""
+        return Path(self.globals.get("mis-config", FILE))
 
     @property
     def profile(self) -> str | None:

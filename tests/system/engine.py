@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -73,7 +71,8 @@ class Engine:
     """A running dockerd."""
 
     folder: Path
-    pid: int
+    process: subprocess.Popen[bytes]
+    space: int  # a process in its mount namespace
 
     @property
     def host(self) -> str:
@@ -146,37 +145,50 @@ def bridge() -> Iterator[None]:
         subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
 
 
-def start(folder: Path, runtimes: Mapping[str, Any], *options: str) -> Engine:
+@contextmanager
+def namespace() -> Iterator[int]:
+    """A mount namespace for the engine and all it mounts; yields a process that is in it."""
+    holder = subprocess.Popen(["unshare", "-m", "sleep", "infinity"])
+    try:
+        yield holder.pid
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def start(folder: Path, space: int, runtimes: Mapping[str, Any], *options: str) -> Engine:
     """dockerd with these runtimes, ready to be asked."""
     (folder / "daemon.json").write_text(json.dumps({"runtimes": runtimes}))
-    argv = ["unshare", "-m", "dockerd", "--config-file", f"{folder}/daemon.json"]
+    argv = ["nsenter", f"--mount=/proc/{space}/ns/mnt", "--wd=/"]
+    argv += ["dockerd", "--config-file", f"{folder}/daemon.json"]
     argv += ["--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec"]
     argv += ["--pidfile", f"{folder}/docker.pid", "-H", f"unix://{folder}/docker.sock"]
     argv += ["--bridge", BRIDGE, "--storage-driver=vfs", "--iptables=false", "--ip6tables=false"]
     argv += ["--ip-forward=false", "--ip-masq=false", *options]
     with (folder / "docker.log").open("a") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
-    engine = Engine(folder, process.pid)
+    engine = Engine(folder, process, space)
     wait_for(lambda: engine.docker("version", check=False).returncode == 0, 30)
     return engine
 
 
-def stop(engine: Engine, number: int = signal.SIGTERM) -> None:
+def stop(engine: Engine) -> None:
     """End dockerd and wait for it; SIGKILL when it takes too long."""
-    os.kill(engine.pid, number)
-    end = time.monotonic() + 30
-    while os.waitpid(engine.pid, os.WNOHANG) == (0, 0):
-        if time.monotonic() > end:
-            os.kill(engine.pid, signal.SIGKILL)
-        time.sleep(0.05)
+    engine.process.terminate()
+    try:
+        engine.process.wait(30)
+    except subprocess.TimeoutExpired:
+        engine.process.kill()
+        engine.process.wait()
 
 
 @contextmanager
-def running(folder: Path, runtimes: Mapping[str, Any]) -> Iterator[Engine]:
+def running(folder: Path, runtimes: Mapping[str, Any], *options: str) -> Iterator[Engine]:
     """An engine with the test image; stopped, and every container removed, on the way out."""
     with ExitStack() as stack:
         stack.enter_context(bridge())
-        engine = start(folder, runtimes)
+        space = stack.enter_context(namespace())
+        engine = start(folder, space, runtimes, *options)
         stack.callback(stop, engine)
         engine.docker("import", str(make_image(folder)), IMAGE)
         stack.callback(remove_all, engine)

@@ -1,0 +1,471 @@
+"""Containers of a real Docker engine under mis-oci-runtime: guarded as an agent of mis-run is.
+
+Each denial has its negative control under plain runc, in the same engine and image.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import engine as engines
+import pytest
+from engine import GATEWAY, Engine
+from harness import mis, wait_for
+from leftovers import snapshot
+
+from mis_run.linux import abi
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(engines.why_not() is not None, reason=str(engines.why_not())),
+]
+
+PROFILES = {
+    "open": f'[network]\nallow = ["{GATEWAY}:9/tcp"]\nlisten = ["*:1024-65535"]',
+    "host": f'[network]\nmode = "host"\nallow = ["{GATEWAY}:9/tcp"]',
+    "closed": '[network]\nmode = "none"',
+    "files": '[files]\ndeny = ["/etc/secret"]\nprotect = ["$WORKSPACE/.git/hooks"]',
+    "patient": "[defcon]\nthresholds = [1000, 2000, 3000, 4000]",
+    "audit": "[mode]\nenforce = false",
+    "needs-file": '[require]\nguarantees = ["file"]',
+}
+EPERM, ECONNREFUSED, EFAULT = 1, 111, 14
+
+
+def write_profiles(folder: Path) -> Path:
+    """The operator's file, with the test's own profiles; its path."""
+    folder.mkdir()
+    for name, text in PROFILES.items():
+        (folder / f"{name}.toml").write_text(f'extends = "default"\n{text}\n')
+    config = folder / "oci.toml"
+    allowed = json.dumps([*PROFILES])
+    config.write_text(f'profiles = "{folder}"\nallowed = {allowed}\nfrom_environment = true\n')
+    return config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_profiles(tmp_path_factory.mktemp("operator") / "etc")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Iterator[Engine]:
+    words = ["--mis-config", str(config)]
+    runtimes: dict[str, Any] = {"mis": {"path": engines.RUNTIME, "runtimeArgs": words}}
+    for name in PROFILES:
+        pinned = [*words, "--mis-profile", name]
+        runtimes[f"mis-{name}"] = {"path": engines.RUNTIME, "runtimeArgs": pinned}
+    before = snapshot()
+    with engines.running(tmp_path_factory.mktemp("engine"), runtimes) as running:
+        yield running
+    # Of all the containers below, and of all the ways they ended: nothing stays.
+    assert snapshot() == before
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(engine: Engine) -> Iterator[None]:
+    before = snapshot()
+    yield
+    engines.remove_all(engine)
+    wait_for(lambda: snapshot() == before, 5)
+
+
+def events(which: str = "") -> list[dict[str, Any]]:
+    """The record of a run, of the latest one without a name."""
+    done = mis("logs", "--json", *([which] if which else []))
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def denied(kind: str, which: str = "") -> list[dict[str, Any]]:
+    found = events(which)
+    return [event for event in found if event["kind"] == kind and event.get("verdict") == "deny"]
+
+
+def met(done: subprocess.CompletedProcess[str]) -> int:
+    """The errno that `act` met inside; everything else fails the test."""
+    assert done.stdout.strip().isdecimal(), done.stderr
+    return int(done.stdout)
+
+
+def start(engine: Engine, *options: str, runtime: str = "mis", name: str = "box") -> str:
+    """``docker run -d`` of a sleeping container; its id."""
+    argv = ("run", "-d", "--runtime", runtime, "--name", name, *options)
+    return engine.docker(*argv, engines.IMAGE, "sleep", "1000").stdout.strip()
+
+
+def state_of(engine: Engine, name: str = "box") -> dict[str, Any]:
+    done = engine.docker("inspect", "-f", "{{json .State}}", name)
+    return dict(json.loads(done.stdout))
+
+
+def ended(engine: Engine, name: str = "box") -> dict[str, Any]:
+    wait_for(lambda: not state_of(engine, name)["Running"])
+    return state_of(engine, name)
+
+
+def runs() -> list[dict[str, Any]]:
+    return list(json.loads(mis("ps", "--json").stdout))
+
+
+def facts() -> dict[str, Any]:
+    (path,) = Path("/run/mis").glob("*/state.json")
+    return dict(json.loads(path.read_text()))
+
+
+# ---- the guards, each with its negative control ----------------------------------------------
+
+
+@pytest.mark.parametrize("act", ["connect", "send"])
+def test_unlisted_destination_is_denied_and_recorded(engine: Engine, act: str) -> None:
+    """What no rule allows is refused by EPERM and recorded; plain runc lets it through."""
+    assert met(engine.run("act", act, GATEWAY, "9")) == EPERM
+    (event,) = denied(f"net.{act}")
+    assert event["subject"]["destination"] == f"{GATEWAY}:9"
+    assert met(engine.run("act", act, GATEWAY, "9", runtime="runc")) in (0, ECONNREFUSED)
+
+
+def test_listed_destination_is_allowed(engine: Engine) -> None:
+    """The profile that the runtime is pinned to allows one port, and no other."""
+    assert met(engine.run("act", "connect", GATEWAY, "9", runtime="mis-open")) == ECONNREFUSED
+    assert met(engine.run("act", "connect", GATEWAY, "10", runtime="mis-open")) == EPERM
+
+
+def test_no_network_means_loopback_only(engine: Engine) -> None:
+    """Mode 'none' closes the engine's bridge; the container's own loopback works."""
+    assert met(engine.run("act", "connect", GATEWAY, "9", runtime="mis-closed")) == EPERM
+    assert met(engine.run("act", "connect", "127.0.0.1", "9", runtime="mis-closed")) == ECONNREFUSED
+
+
+def test_the_engines_resolver_is_no_way_out(engine: Engine) -> None:
+    """Docker's DNS server in user-defined networks would carry any question outside."""
+    assert met(engine.run("act", "send", "127.0.0.11", "53")) == EPERM
+    assert met(engine.run("act", "send", "127.0.0.11", "53", runtime="runc")) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "bare"),
+    [
+        ("ptrace", "0", 0),  # PTRACE_TRACEME
+        ("chroot", "0", EFAULT),
+        ("kcmp", "0", None),
+        ("mount", "0", None),
+        ("bpf", "0", None),
+        ("unshare", "0x10000000", None),  # CLONE_NEWUSER
+        ("io_uring_enter", "0", None),
+        ("keyctl", "0", None),
+        ("open_by_handle_at", "0", None),
+    ],
+)
+def test_escapes_are_denied_and_counted(
+    engine: Engine, call: str, arguments: str, bare: int | None
+) -> None:
+    """Calls that reach out of a container meet EPERM and are recorded.
+
+    Docker's own filter refuses some of them too, but tells nobody; where it does not, plain runc
+    is the negative control.
+    """
+    number = str(abi.number(call))
+    assert met(engine.run("act", "syscall", number, arguments)) == EPERM
+    assert len(denied(f"escape.{call}")) == 1
+    if bare is not None:
+        done = engine.run("act", "syscall", number, arguments, runtime="runc")
+        assert met(done) == bare
+
+
+def test_violations_add_up_to_the_end(engine: Engine) -> None:
+    """DEFCON 1 kills the container, and the engine sees an ordinary SIGKILL."""
+    start(engine)
+    script = f"while :; do act syscall {abi.number('kcmp')} $((n=n+1)); done"
+    engine.docker("exec", "box", "sh", "-c", script, check=False)
+    assert ended(engine)["ExitCode"] == 137
+    kinds = [event["kind"] for event in events()]
+    assert kinds.count("escape.kcmp") >= 15
+    assert "run.killed" in kinds
+
+
+def test_hidden_and_protected_files(engine: Engine, tmp_path: Path) -> None:
+    """files.deny hides, files.protect keeps read-only, in the image and in volumes."""
+    hooks = tmp_path / ".git/hooks"
+    hooks.mkdir(parents=True)
+    options = ("-v", f"{tmp_path}:/work", "-w", "/work")
+    script = (
+        "cat /etc/secret; touch .git/hooks/x; mv .git/hooks .git/y; mv .git x; touch ok; ls -A .git"
+    )
+    done = engine.run("sh", "-c", script, options=options, runtime="mis-files")
+    assert "secret of the image" not in done.stdout
+    assert done.stdout.split() == ["hooks"]
+    assert [path.name for path in hooks.iterdir()] == []
+    assert (tmp_path / "ok").exists()
+    bare = engine.run("sh", "-c", script, options=options, runtime="runc")
+    assert "secret of the image" in bare.stdout
+    assert (tmp_path / "x").exists()
+
+
+# ---- exec ------------------------------------------------------------------------------------
+
+
+def test_exec_is_guarded_from_its_first_instruction(engine: Engine) -> None:
+    """docker exec: network, escape guard and no_new_privs, all in the container's one record."""
+    start(engine)
+    number = str(abi.number("ptrace"))
+    run = ("exec", "box", "act")
+    assert met(engine.docker(*run, "connect", GATEWAY, "9", check=False)) == EPERM
+    assert met(engine.docker(*run, "syscall", number, check=False)) == EPERM
+    assert met(engine.docker(*run, "nnp", check=False)) == 1
+    kinds = [event["kind"] for event in events() if event.get("verdict") == "deny"]
+    assert kinds == ["net.connect", "escape.ptrace"]
+    start(engine, runtime="runc", name="bare")
+    run = ("exec", "bare", "act")
+    assert met(engine.docker(*run, "connect", GATEWAY, "9", check=False)) == ECONNREFUSED
+    assert met(engine.docker(*run, "syscall", number, check=False)) == 0
+    assert met(engine.docker(*run, "nnp", check=False)) == 0
+
+
+def test_exec_with_more_rights_is_refused(engine: Engine) -> None:
+    """docker exec --privileged does not get around what the container was made with."""
+    start(engine)
+    done = engine.docker("exec", "--privileged", "box", "true", check=False)
+    assert done.returncode != 0
+    assert "capabilities that the container does not have" in done.stdout + done.stderr
+
+
+def test_many_execs_leave_nothing_in_the_supervisor(engine: Engine) -> None:
+    """A health check runs for days: each exec's listener is given back."""
+    start(engine)
+    supervisor = facts()["supervisor"]
+    engine.docker("exec", "box", "true")
+
+    def count() -> int:
+        return len(list(Path(f"/proc/{supervisor}/fd").iterdir()))
+
+    settled = wait_for(count)
+    for _ in range(5):
+        engine.docker("exec", "box", "true")
+    wait_for(lambda: count() <= settled)
+
+
+# ---- the engine's verbs ----------------------------------------------------------------------
+
+
+def test_life_cycle(engine: Engine) -> None:
+    """run -d, ps, logs, pause, unpause, kill -s, stop, start, restart, rm."""
+    start(engine, "--init")
+    (row,) = runs()
+    assert row["command"][-2:] == ["sleep", "1000"]
+    engine.docker("pause", "box")
+    assert state_of(engine)["Paused"]
+    engine.docker("unpause", "box")
+    engine.docker("kill", "-s", "USR1", "box")
+    assert ended(engine)["ExitCode"] == 128 + signal.SIGUSR1
+    wait_for(lambda: not runs())
+    engine.docker("start", "box")
+    assert len(runs()) == 1
+    engine.docker("restart", "-t", "1", "box")
+    assert len(runs()) == 1
+    engine.docker("stop", "-t", "1", "box")
+    assert state_of(engine)["ExitCode"] in (137, 143)
+    engine.docker("rm", "box")
+
+
+def test_exit_codes_and_output_pass_through(engine: Engine) -> None:
+    """The container's own exit code, stdout, stderr and arguments, as under runc."""
+    for runtime in ("mis", "runc"):
+        done = engine.run("sh", "-c", "echo out; echo err >&2; exit 42", runtime=runtime)
+        assert (done.returncode, done.stdout, done.stderr) == (42, "out\n", "err\n")
+    assert engine.run("/no/such").returncode == 127
+
+
+@pytest.mark.parametrize(
+    ("options", "script", "wanted"),
+    [
+        (("--read-only",), "touch /x 2>/dev/null || echo no", "no"),
+        (("--user", "1000:1000"), "id -u", "1000"),
+        (("--hostname", "h"), "hostname", "h"),
+        (("-e", "A=b"), "echo $A", "b"),
+        (("--tmpfs", "/t"), "touch /t/x && echo yes", "yes"),
+        (("--cap-add", "SYS_ADMIN"), "mount -t tmpfs x /tmp 2>/dev/null || echo no", "no"),
+        (("--cap-drop", "ALL"), "grep CapEff /proc/self/status | cut -f2", "0" * 16),
+        (("--network", "none"), "ls /sys/class/net", "lo"),
+        (("-t",), "tty", "/dev/pts/0"),
+        (
+            ("--security-opt", "seccomp=unconfined"),
+            "grep Seccomp: /proc/self/status",
+            "Seccomp:\t2",
+        ),
+        (("--memory", "64m"), "cat /sys/fs/cgroup/memory/memory.limit_in_bytes", str(64 << 20)),
+        (("--memory", "4g"), "cat /sys/fs/cgroup/memory/memory.limit_in_bytes", str(2 << 30)),
+        (("--pids-limit", "-1"), "cat /sys/fs/cgroup/pids/pids.max", "512"),
+    ],
+)
+def test_options_of_run(engine: Engine, options: tuple[str, ...], script: str, wanted: str) -> None:
+    """docker run's options work as under runc, and none of them takes a guard away."""
+    if "/sys/fs/cgroup" in script and not Path("/sys/fs/cgroup/memory").is_dir():
+        pytest.skip("cgroup v1 files")
+    done = engine.run("sh", "-c", script, options=options)
+    assert done.stdout.strip() == wanted, done.stderr
+
+
+def test_volumes_are_written(engine: Engine, tmp_path: Path) -> None:
+    """-v: what the container writes is there."""
+    engine.run("sh", "-c", "echo hello > /data/file", options=("-v", f"{tmp_path}:/data"))
+    assert (tmp_path / "file").read_text() == "hello\n"
+
+
+def test_published_ports(engine: Engine) -> None:
+    """-p: a server inside, allowed to listen by its profile, is reached through the engine."""
+    argv = ("run", "-d", "--runtime", "mis-open", "--name", "box", "-p", "127.0.0.1:18087:8087")
+    engine.docker(*argv, engines.IMAGE, "nc", "-l", "-p", "8087", "-e", "echo", "hello")
+    script = "exec 3<>/dev/tcp/127.0.0.1/18087 && cat <&3"
+
+    def asked() -> bool:
+        done = subprocess.run(["bash", "-c", script], capture_output=True, check=False, timeout=5)
+        return done.stdout == b"hello\n"
+
+    wait_for(asked, 5)
+
+
+def test_shared_network_namespace(engine: Engine) -> None:
+    """--network container:X: both are guarded, each by its own profile."""
+    start(engine, runtime="mis-open")
+    option = ("--network", "container:box")
+    assert met(engine.run("act", "connect", GATEWAY, "9", options=option)) == EPERM
+    assert met(engine.docker("exec", "box", "act", "connect", GATEWAY, "9", check=False)) == (
+        ECONNREFUSED
+    )
+
+
+def test_host_network_needs_a_profile_that_says_so(engine: Engine) -> None:
+    """--network host under a guarded profile is refused; under mode 'host' rules apply."""
+    option = ("--network", "host")
+    done = engine.run("true", options=option)
+    assert "network mode 'guarded'" in done.stderr
+    act = ("act", "connect", GATEWAY)
+    assert met(engine.run(*act, "9", options=option, runtime="mis-host")) == ECONNREFUSED
+    assert met(engine.run(*act, "10", options=option, runtime="mis-host")) == EPERM
+
+
+def test_restart_policy(engine: Engine) -> None:
+    """A container that the engine starts again is guarded again, by a new supervisor."""
+    start(engine, "--restart", "always")
+    first = facts()["supervisor"]
+    os.kill(state_of(engine)["Pid"], signal.SIGKILL)
+    wait_for(lambda: len(runs()) == 1 and facts()["supervisor"] != first)
+    wait_for(lambda: state_of(engine)["Running"])
+    assert met(engine.docker("exec", "box", "act", "connect", GATEWAY, "9", check=False)) == EPERM
+
+
+def test_many_at_once(engine: Engine) -> None:
+    """Eight containers at once, each with a supervisor and a record of its own."""
+    codes: list[int] = []
+
+    def one(number: int) -> None:
+        codes.append(met(engine.run("act", "connect", GATEWAY, str(number + 20))))
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [EPERM] * 8
+
+
+# ---- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--privileged",), "privileged"),
+        (("--pid", "host"), "host's pid namespace"),
+        (("--ipc", "host"), "host's ipc namespace"),
+        (("-v", "/:/host"), "the volume /"),
+        (("-v", "/proc:/host"), "the volume /proc"),
+        (("--device", "/dev/loop0"), "the device b 7:0"),
+        (("-e", "MIS_PROFILE=../../etc/passwd"), "no profile name"),
+        (("-e", "MIS_PROFILE=" + "x" * 5000), "no profile name"),
+        (("-e", "MIS_PROFILE=coding-agent"), "not allowed for containers here"),
+        (("-e", "MIS_PROFILE=audit"), "only records"),
+        (("-e", "MIS_PROFILE=needs-file"), "requires 'file'"),
+    ],
+)
+def test_refusals(engine: Engine, options: tuple[str, ...], words: str) -> None:
+    """What would hand over the host, and profiles that may not be used: a clear refusal."""
+    done = engine.run("true", options=options)
+    assert done.returncode == 125
+    assert "mis-run: " in done.stderr
+    assert words in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_engines_socket_is_no_volume(engine: Engine) -> None:
+    """Who may talk to the engine is root on the host."""
+    done = engine.run("true", options=("-v", f"{engine.folder}/docker.sock:/docker.sock"))
+    assert "(a socket)" in done.stderr
+
+
+def test_environment_chooses_where_the_operator_allows(engine: Engine) -> None:
+    """MIS_PROFILE picks among the allowed; a pinned runtime is not moved by it."""
+    option = ("-e", "MIS_PROFILE=open")
+    act = ("act", "connect", GATEWAY, "9")
+    assert met(engine.run(*act, options=option)) == ECONNREFUSED
+    done = engine.run(*act, options=option, runtime="mis-closed")
+    assert "pinned to profile 'closed'" in done.stderr
+
+
+# ---- losing the supervisor -------------------------------------------------------------------
+
+
+def test_losing_the_supervisor_ends_the_container(engine: Engine) -> None:
+    """SIGKILL of the supervisor: the watchdog kills the container, the engine sees 137."""
+    start(engine)
+    os.kill(facts()["supervisor"], signal.SIGKILL)
+    assert ended(engine)["ExitCode"] == 137
+    engine.docker("rm", "box")
+    wait_for(lambda: not list(Path("/run/mis").glob("*/state.json")))
+
+
+def test_losing_both_keeps_the_container_closed(engine: Engine) -> None:
+    """Supervisor and watchdog killed at once: rules stay, exec is refused, mis gc ends it."""
+    start(engine)
+    found = facts()
+    for pid in (found["supervisor"], *_children(found["supervisor"])):
+        os.kill(pid, signal.SIGSTOP)
+    for pid in (*_children(found["supervisor"]), found["supervisor"]):
+        os.kill(pid, signal.SIGKILL)
+    done = engine.docker("exec", "box", "true", check=False)
+    assert "it has no supervisor" in done.stdout + done.stderr
+    assert state_of(engine)["Running"]
+    assert mis("gc").returncode == 0
+    assert ended(engine)["ExitCode"] == 137
+
+
+def _children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def test_mis_kill_and_mis_inspect_find_it(engine: Engine) -> None:
+    """mis manages containers as it manages its own runs, by the engine's short id."""
+    short = start(engine)[:12]
+    (row,) = runs()
+    assert row["name"] == short
+    assert json.loads(mis("inspect", short).stdout)["plan"]["profile"]["name"] == "default"
+    assert met(engine.docker("exec", "box", "act", "connect", GATEWAY, "9", check=False)) == EPERM
+    assert f"wanted tcp to {GATEWAY}:9" in mis("explain", row["id"]).stdout
+    assert mis("kill", short).returncode == 0
+    assert ended(engine)["ExitCode"] == 137
+
+
+def test_a_paused_container_can_be_killed(engine: Engine) -> None:
+    """An engine pauses by the v1 freezer where there is one, which SIGKILL does not wake."""
+    short = start(engine)[:12]
+    engine.docker("pause", "box")
+    assert mis("kill", short).returncode == 0
+    assert ended(engine)["ExitCode"] == 137
