@@ -53,20 +53,20 @@ def load(path: Path) -> Operator:
     """The operator's file; the defaults where the usual one does not exist. Raises ProfileError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            status = os.fstat(fd)
+            if status.st_mode & 0o170000 != 0o100000:
+                raise ProfileError(f"{path}: not a regular file")
+            if status.st_uid != 0 or status.st_mode & 0o022:
+                raise ProfileError(
+                    f"{path}: others than root can write it",
+                    hint=f"chown root {path}; chmod 644 {path}",
+                )
+            raw = file.read(MOST_BYTES + 1)
     except OSError as error:
         if error.errno == errno.ENOENT and str(path) == FILE:
             return Operator()
         raise ProfileError(f"{path}: {error.strerror}") from None
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if status.st_mode & 0o170000 != 0o100000:
-            raise ProfileError(f"{path}: not a regular file")
-        if status.st_uid != 0 or status.st_mode & 0o022:
-            raise ProfileError(
-                f"{path}: others than root can write it",
-                hint=f"chown root {path}; chmod 644 {path}",
-            )
-        raw = file.read(MOST_BYTES + 1)
     if len(raw) > MOST_BYTES:
         raise ProfileError(f"{path}: larger than {MOST_BYTES} bytes")
     try:

@@ -9,7 +9,7 @@ conditions that cannot be compared refuse the container: a guess here would be a
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mis_run import seccomp
@@ -55,9 +55,13 @@ def merge(engine: Mapping[str, Any] | None, *, enforce: bool, sealed: bool) -> d
     merged: dict[str, Any] = {
         key: value for key, value in engine.items() if not key.startswith("listener")
     }
-    kept = [{**rule, "names": [n for n in rule["names"] if n not in NAMES]} for rule in rules]
+    governed = NAMES
+    if not enforce:
+        # What is handed over in audit runs: the engine's own conditions must stay in force.
+        governed -= {name for rule in rules if rule.get("args") for name in rule["names"]}
+    kept = [{**rule, "names": [n for n in rule["names"] if n not in governed]} for rule in rules]
     merged["syscalls"] = [rule for rule in kept if rule["names"]]
-    merged["syscalls"] += _governed(rules, ours, enforce=enforce)
+    merged["syscalls"] += _governed(rules, ours, governed, enforce=enforce)
     # Only for this architecture are the guard's rules proven complete (docs/decisions).
     if native := seccomp.ARCHITECTURES.get(os.uname().machine):
         merged["architectures"] = [native]
@@ -111,10 +115,10 @@ def _over_ours(rules: Sequence[Rule], ours: Sequence[dict[str, Any]]) -> dict[st
 
 
 def _governed(
-    rules: Sequence[Rule], ours: Sequence[Rule], *, enforce: bool
+    rules: Sequence[Rule], ours: Sequence[Rule], governed: Collection[str], *, enforce: bool
 ) -> list[dict[str, Any]]:
-    """Our rules for the calls in NAMES, narrowed to what the engine allows."""
-    allowed = {name for name in NAMES if _allows(name, rules)}
+    """Our rules for these calls, narrowed to what the engine allows."""
+    allowed = {name for name in governed if _allows(name, rules)}
     found = []
     for rule in ours:
         handed = rule["action"] != "SCMP_ACT_ALLOW"

@@ -37,6 +37,7 @@ PROFILES = {
     "needs-file": '[require]\nguarantees = ["file"]',
 }
 EPERM, ECONNREFUSED, EFAULT = 1, 111, 14
+TTY = "/dev/pts/0"
 
 
 def write_profiles(folder: Path) -> Path:
@@ -69,10 +70,11 @@ def engine(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Iterator[E
     assert snapshot() == before
 
 
-@pytest.fixture(autouse=True)
-def nothing_stays(engine: Engine) -> Iterator[None]:
+@pytest.fixture
+def box(engine: Engine) -> Iterator[Engine]:
+    """The engine for tests that start containers by name: they are removed, and leave nothing."""
     before = snapshot()
-    yield
+    yield engine
     engines.remove_all(engine)
     wait_for(lambda: snapshot() == before, 5)
 
@@ -81,11 +83,6 @@ def events(which: str = "") -> list[dict[str, Any]]:
     """The record of a run, of the latest one without a name."""
     done = mis("logs", "--json", *([which] if which else []))
     return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def denied(kind: str, which: str = "") -> list[dict[str, Any]]:
-    found = events(which)
-    return [event for event in found if event["kind"] == kind and event.get("verdict") == "deny"]
 
 
 def met(done: subprocess.CompletedProcess[str]) -> int:
@@ -122,69 +119,78 @@ def facts() -> dict[str, Any]:
 # ---- the guards, each with its negative control ----------------------------------------------
 
 
-@pytest.mark.parametrize("act", ["connect", "send"])
-def test_unlisted_destination_is_denied_and_recorded(engine: Engine, act: str) -> None:
-    """What no rule allows is refused by EPERM and recorded; plain runc lets it through."""
-    assert met(engine.run("act", act, GATEWAY, "9")) == EPERM
-    (event,) = denied(f"net.{act}")
-    assert event["subject"]["destination"] == f"{GATEWAY}:9"
-    assert met(engine.run("act", act, GATEWAY, "9", runtime="runc")) in (0, ECONNREFUSED)
+def acts(engine: Engine, *words: str, **how: Any) -> list[int]:
+    """What each ``act WORDS`` met, all in one container."""
+    done = engine.run("sh", "-c", "; ".join(f"act {word}" for word in words), **how)
+    assert len(done.stdout.split()) == len(words), done.stderr
+    return [int(number) for number in done.stdout.split()]
+
+
+TO_GATEWAY = (f"connect {GATEWAY} 9", f"send {GATEWAY} 9")
+TO_RESOLVER = "send 127.0.0.11 53"
+
+
+def test_unlisted_destinations_are_denied_and_recorded(engine: Engine) -> None:
+    """What no rule allows is refused by EPERM and recorded; plain runc lets it through.
+
+    So is Docker's own DNS server, which would carry any question outside.
+    """
+    assert acts(engine, *TO_GATEWAY, TO_RESOLVER) == [EPERM] * 3
+    told = [event for event in events() if event.get("verdict") == "deny"]
+    assert [event["kind"] for event in told] == ["net.connect", "net.send", "net.send"]
+    assert told[0]["subject"] == {"destination": f"{GATEWAY}:9", "protocol": "tcp"}
+    assert acts(engine, *TO_GATEWAY, TO_RESOLVER, runtime="runc") == [ECONNREFUSED, 0, 0]
 
 
 def test_listed_destination_is_allowed(engine: Engine) -> None:
     """The profile that the runtime is pinned to allows one port, and no other."""
-    assert met(engine.run("act", "connect", GATEWAY, "9", runtime="mis-open")) == ECONNREFUSED
-    assert met(engine.run("act", "connect", GATEWAY, "10", runtime="mis-open")) == EPERM
+    words = (f"connect {GATEWAY} 9", f"connect {GATEWAY} 10")
+    assert acts(engine, *words, runtime="mis-open") == [ECONNREFUSED, EPERM]
 
 
 def test_no_network_means_loopback_only(engine: Engine) -> None:
     """Mode 'none' closes the engine's bridge; the container's own loopback works."""
-    assert met(engine.run("act", "connect", GATEWAY, "9", runtime="mis-closed")) == EPERM
-    assert met(engine.run("act", "connect", "127.0.0.1", "9", runtime="mis-closed")) == ECONNREFUSED
+    words = (f"connect {GATEWAY} 9", "connect 127.0.0.1 9")
+    assert acts(engine, *words, runtime="mis-closed") == [EPERM, ECONNREFUSED]
 
 
-def test_the_engines_resolver_is_no_way_out(engine: Engine) -> None:
-    """Docker's DNS server in user-defined networks would carry any question outside."""
-    assert met(engine.run("act", "send", "127.0.0.11", "53")) == EPERM
-    assert met(engine.run("act", "send", "127.0.0.11", "53", runtime="runc")) == 0
+ESCAPES = {
+    "ptrace": ("0", 0),  # PTRACE_TRACEME
+    "chroot": ("0", EFAULT),
+    "kcmp": ("0", None),
+    "mount": ("0", None),
+    "bpf": ("0", None),
+    "unshare": ("0x10000000", None),  # CLONE_NEWUSER
+    "io_uring_enter": ("0", None),
+    "keyctl": ("0", None),
+    "open_by_handle_at": ("0", None),
+}
+"""Call → (argument, what it meets under plain runc, None where Docker's own filter refuses it)."""
 
 
-@pytest.mark.parametrize(
-    ("call", "arguments", "bare"),
-    [
-        ("ptrace", "0", 0),  # PTRACE_TRACEME
-        ("chroot", "0", EFAULT),
-        ("kcmp", "0", None),
-        ("mount", "0", None),
-        ("bpf", "0", None),
-        ("unshare", "0x10000000", None),  # CLONE_NEWUSER
-        ("io_uring_enter", "0", None),
-        ("keyctl", "0", None),
-        ("open_by_handle_at", "0", None),
-    ],
-)
-def test_escapes_are_denied_and_counted(
-    engine: Engine, call: str, arguments: str, bare: int | None
-) -> None:
+def test_escapes_are_denied_and_counted(engine: Engine) -> None:
     """Calls that reach out of a container meet EPERM and are recorded.
 
     Docker's own filter refuses some of them too, but tells nobody; where it does not, plain runc
     is the negative control.
     """
-    number = str(abi.number(call))
-    assert met(engine.run("act", "syscall", number, arguments)) == EPERM
-    assert len(denied(f"escape.{call}")) == 1
-    if bare is not None:
-        done = engine.run("act", "syscall", number, arguments, runtime="runc")
-        assert met(done) == bare
+    acts = [f"act syscall {abi.number(call)} {word}" for call, (word, _) in ESCAPES.items()]
+    done = engine.run("sh", "-c", "; ".join(acts), runtime="mis-patient")
+    assert done.stdout.split() == [str(EPERM)] * len(ESCAPES)
+    counted = [event["kind"] for event in events() if event.get("verdict") == "deny"]
+    assert counted == [f"escape.{call}" for call in ESCAPES]
+    done = engine.run("sh", "-c", "; ".join(acts), runtime="runc")
+    bare = dict(zip(ESCAPES, map(int, done.stdout.split()), strict=True))
+    for call, (_, wanted) in ESCAPES.items():
+        assert wanted is None or bare[call] == wanted, call
 
 
-def test_violations_add_up_to_the_end(engine: Engine) -> None:
-    """DEFCON 1 kills the container, and the engine sees an ordinary SIGKILL."""
-    start(engine)
+def test_violations_add_up_to_the_end(box: Engine) -> None:
+    """DEFCON 1 kills the container, and the box sees an ordinary SIGKILL."""
+    start(box)
     script = f"while :; do act syscall {abi.number('kcmp')} $((n=n+1)); done"
-    engine.docker("exec", "box", "sh", "-c", script, check=False)
-    assert ended(engine)["ExitCode"] == 137
+    box.docker("exec", "box", "sh", "-c", script, check=False)
+    assert ended(box)["ExitCode"] == 137
     kinds = [event["kind"] for event in events()]
     assert kinds.count("escape.kcmp") >= 15
     assert "run.killed" in kinds
@@ -211,67 +217,67 @@ def test_hidden_and_protected_files(engine: Engine, tmp_path: Path) -> None:
 # ---- exec ------------------------------------------------------------------------------------
 
 
-def test_exec_is_guarded_from_its_first_instruction(engine: Engine) -> None:
+def test_exec_is_guarded_from_its_first_instruction(box: Engine) -> None:
     """docker exec: network, escape guard and no_new_privs, all in the container's one record."""
-    start(engine)
+    start(box)
     number = str(abi.number("ptrace"))
     run = ("exec", "box", "act")
-    assert met(engine.docker(*run, "connect", GATEWAY, "9", check=False)) == EPERM
-    assert met(engine.docker(*run, "syscall", number, check=False)) == EPERM
-    assert met(engine.docker(*run, "nnp", check=False)) == 1
+    assert met(box.docker(*run, "connect", GATEWAY, "9", check=False)) == EPERM
+    assert met(box.docker(*run, "syscall", number, check=False)) == EPERM
+    assert met(box.docker(*run, "nnp", check=False)) == 1
     kinds = [event["kind"] for event in events() if event.get("verdict") == "deny"]
     assert kinds == ["net.connect", "escape.ptrace"]
-    start(engine, runtime="runc", name="bare")
+    start(box, runtime="runc", name="bare")
     run = ("exec", "bare", "act")
-    assert met(engine.docker(*run, "connect", GATEWAY, "9", check=False)) == ECONNREFUSED
-    assert met(engine.docker(*run, "syscall", number, check=False)) == 0
-    assert met(engine.docker(*run, "nnp", check=False)) == 0
+    assert met(box.docker(*run, "connect", GATEWAY, "9", check=False)) == ECONNREFUSED
+    assert met(box.docker(*run, "syscall", number, check=False)) == 0
+    assert met(box.docker(*run, "nnp", check=False)) == 0
 
 
-def test_exec_with_more_rights_is_refused(engine: Engine) -> None:
+def test_exec_with_more_rights_is_refused(box: Engine) -> None:
     """docker exec --privileged does not get around what the container was made with."""
-    start(engine)
-    done = engine.docker("exec", "--privileged", "box", "true", check=False)
+    start(box)
+    done = box.docker("exec", "--privileged", "box", "true", check=False)
     assert done.returncode != 0
     assert "capabilities that the container does not have" in done.stdout + done.stderr
 
 
-def test_many_execs_leave_nothing_in_the_supervisor(engine: Engine) -> None:
+def test_many_execs_leave_nothing_in_the_supervisor(box: Engine) -> None:
     """A health check runs for days: each exec's listener is given back."""
-    start(engine)
+    start(box)
     supervisor = facts()["supervisor"]
-    engine.docker("exec", "box", "true")
+    box.docker("exec", "box", "true")
 
     def count() -> int:
         return len(list(Path(f"/proc/{supervisor}/fd").iterdir()))
 
     settled = wait_for(count)
     for _ in range(5):
-        engine.docker("exec", "box", "true")
+        box.docker("exec", "box", "true")
     wait_for(lambda: count() <= settled)
 
 
-# ---- the engine's verbs ----------------------------------------------------------------------
+# ---- the box's verbs ----------------------------------------------------------------------
 
 
-def test_life_cycle(engine: Engine) -> None:
+def test_life_cycle(box: Engine) -> None:
     """run -d, ps, logs, pause, unpause, kill -s, stop, start, restart, rm."""
-    start(engine, "--init")
+    start(box, "--init")
     (row,) = runs()
     assert row["command"][-2:] == ["sleep", "1000"]
-    engine.docker("pause", "box")
-    assert state_of(engine)["Paused"]
-    engine.docker("unpause", "box")
-    engine.docker("kill", "-s", "USR1", "box")
-    assert ended(engine)["ExitCode"] == 128 + signal.SIGUSR1
+    box.docker("pause", "box")
+    assert state_of(box)["Paused"]
+    box.docker("unpause", "box")
+    box.docker("kill", "-s", "USR1", "box")
+    assert ended(box)["ExitCode"] == 128 + signal.SIGUSR1
     wait_for(lambda: not runs())
-    engine.docker("start", "box")
+    box.docker("start", "box")
     assert len(runs()) == 1
-    engine.docker("restart", "-t", "1", "box")
+    box.docker("restart", "-t", "1", "box")
     assert len(runs()) == 1
-    engine.docker("stop", "-t", "1", "box")
-    assert state_of(engine)["ExitCode"] in (137, 143)
-    engine.docker("rm", "box")
+    box.docker("stop", "-t", "1", "box")
+    assert state_of(box)["ExitCode"] in (137, 143)
+    box.docker("rm", "box")
 
 
 def test_exit_codes_and_output_pass_through(engine: Engine) -> None:
@@ -285,31 +291,39 @@ def test_exit_codes_and_output_pass_through(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("options", "script", "wanted"),
     [
-        (("--read-only",), "touch /x 2>/dev/null || echo no", "no"),
-        (("--user", "1000:1000"), "id -u", "1000"),
-        (("--hostname", "h"), "hostname", "h"),
-        (("-e", "A=b"), "echo $A", "b"),
-        (("--tmpfs", "/t"), "touch /t/x && echo yes", "yes"),
-        (("--cap-add", "SYS_ADMIN"), "mount -t tmpfs x /tmp 2>/dev/null || echo no", "no"),
-        (("--cap-drop", "ALL"), "grep CapEff /proc/self/status | cut -f2", "0" * 16),
-        (("--network", "none"), "ls /sys/class/net", "lo"),
-        (("-t",), "tty", "/dev/pts/0"),
         (
-            ("--security-opt", "seccomp=unconfined"),
-            "grep Seccomp: /proc/self/status",
-            "Seccomp:\t2",
+            ("--read-only", "--user", "1000:1000", "--hostname", "h", "-e", "A=b", "--tmpfs", "/t"),
+            "touch /x 2>/dev/null || id -u; hostname; echo $A; touch /t/x && echo yes",
+            "1000 h b yes",
         ),
-        (("--memory", "64m"), "cat /sys/fs/cgroup/memory/memory.limit_in_bytes", str(64 << 20)),
-        (("--memory", "4g"), "cat /sys/fs/cgroup/memory/memory.limit_in_bytes", str(2 << 30)),
-        (("--pids-limit", "-1"), "cat /sys/fs/cgroup/pids/pids.max", "512"),
+        (
+            ("--cap-add", "SYS_ADMIN", "--security-opt", "seccomp=unconfined"),
+            "mount -t tmpfs x /tmp 2>/dev/null || echo no; grep Seccomp: /proc/self/status",
+            "no Seccomp: 2",
+        ),
+        (
+            ("--cap-drop", "ALL", "-t"),
+            "grep CapEff /proc/self/status; tty",
+            f"CapEff: {0:016} {TTY}",
+        ),
+        (("--network", "none"), "ls /sys/class/net", "lo"),
     ],
 )
 def test_options_of_run(engine: Engine, options: tuple[str, ...], script: str, wanted: str) -> None:
     """docker run's options work as under runc, and none of them takes a guard away."""
-    if "/sys/fs/cgroup" in script and not Path("/sys/fs/cgroup/memory").is_dir():
-        pytest.skip("cgroup v1 files")
     done = engine.run("sh", "-c", script, options=options)
-    assert done.stdout.strip() == wanted, done.stderr
+    assert done.stdout.split() == wanted.split(), done.stderr
+
+
+def test_the_lower_limit_wins(engine: Engine) -> None:
+    """--memory, --pids-limit: the engine may ask for less than the profile, never for more."""
+    if not Path("/sys/fs/cgroup/memory").is_dir():
+        pytest.skip("reads files of cgroup v1")
+    script = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/pids/pids.max"
+    done = engine.run("sh", "-c", script, options=("--memory", "64m", "--pids-limit", "-1"))
+    assert done.stdout.split() == [str(64 << 20), "512"]
+    done = engine.run("sh", "-c", script, options=("--memory", "4g", "--pids-limit", "9"))
+    assert done.stdout.split() == [str(2 << 30), "9"]
 
 
 def test_volumes_are_written(engine: Engine, tmp_path: Path) -> None:
@@ -318,10 +332,10 @@ def test_volumes_are_written(engine: Engine, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "hello\n"
 
 
-def test_published_ports(engine: Engine) -> None:
-    """-p: a server inside, allowed to listen by its profile, is reached through the engine."""
+def test_published_ports(box: Engine) -> None:
+    """-p: a server inside, allowed to listen by its profile, is reached through the box."""
     argv = ("run", "-d", "--runtime", "mis-open", "--name", "box", "-p", "127.0.0.1:18087:8087")
-    engine.docker(*argv, engines.IMAGE, "nc", "-l", "-p", "8087", "-e", "echo", "hello")
+    box.docker(*argv, engines.IMAGE, "nc", "-l", "-p", "8087", "-e", "echo", "hello")
     script = "exec 3<>/dev/tcp/127.0.0.1/18087 && cat <&3"
 
     def asked() -> bool:
@@ -331,12 +345,12 @@ def test_published_ports(engine: Engine) -> None:
     wait_for(asked, 5)
 
 
-def test_shared_network_namespace(engine: Engine) -> None:
+def test_shared_network_namespace(box: Engine) -> None:
     """--network container:X: both are guarded, each by its own profile."""
-    start(engine, runtime="mis-open")
+    start(box, runtime="mis-open")
     option = ("--network", "container:box")
-    assert met(engine.run("act", "connect", GATEWAY, "9", options=option)) == EPERM
-    assert met(engine.docker("exec", "box", "act", "connect", GATEWAY, "9", check=False)) == (
+    assert met(box.run("act", "connect", GATEWAY, "9", options=option)) == EPERM
+    assert met(box.docker("exec", "box", "act", "connect", GATEWAY, "9", check=False)) == (
         ECONNREFUSED
     )
 
@@ -351,14 +365,14 @@ def test_host_network_needs_a_profile_that_says_so(engine: Engine) -> None:
     assert met(engine.run(*act, "10", options=option, runtime="mis-host")) == EPERM
 
 
-def test_restart_policy(engine: Engine) -> None:
-    """A container that the engine starts again is guarded again, by a new supervisor."""
-    start(engine, "--restart", "always")
+def test_restart_policy(box: Engine) -> None:
+    """A container that the box starts again is guarded again, by a new supervisor."""
+    start(box, "--restart", "always")
     first = facts()["supervisor"]
-    os.kill(state_of(engine)["Pid"], signal.SIGKILL)
+    os.kill(state_of(box)["Pid"], signal.SIGKILL)
     wait_for(lambda: len(runs()) == 1 and facts()["supervisor"] != first)
-    wait_for(lambda: state_of(engine)["Running"])
-    assert met(engine.docker("exec", "box", "act", "connect", GATEWAY, "9", check=False)) == EPERM
+    wait_for(lambda: state_of(box)["Running"])
+    assert met(box.docker("exec", "box", "act", "connect", GATEWAY, "9", check=False)) == EPERM
 
 
 def test_many_at_once(engine: Engine) -> None:
@@ -384,14 +398,8 @@ def test_many_at_once(engine: Engine) -> None:
     [
         (("--privileged",), "privileged"),
         (("--pid", "host"), "host's pid namespace"),
-        (("--ipc", "host"), "host's ipc namespace"),
-        (("-v", "/:/host"), "the volume /"),
-        (("-v", "/proc:/host"), "the volume /proc"),
-        (("--device", "/dev/loop0"), "the device b 7:0"),
         (("-e", "MIS_PROFILE=../../etc/passwd"), "no profile name"),
-        (("-e", "MIS_PROFILE=" + "x" * 5000), "no profile name"),
         (("-e", "MIS_PROFILE=coding-agent"), "not allowed for containers here"),
-        (("-e", "MIS_PROFILE=audit"), "only records"),
         (("-e", "MIS_PROFILE=needs-file"), "requires 'file'"),
     ],
 )
@@ -422,28 +430,28 @@ def test_environment_chooses_where_the_operator_allows(engine: Engine) -> None:
 # ---- losing the supervisor -------------------------------------------------------------------
 
 
-def test_losing_the_supervisor_ends_the_container(engine: Engine) -> None:
-    """SIGKILL of the supervisor: the watchdog kills the container, the engine sees 137."""
-    start(engine)
+def test_losing_the_supervisor_ends_the_container(box: Engine) -> None:
+    """SIGKILL of the supervisor: the watchdog kills the container, the box sees 137."""
+    start(box)
     os.kill(facts()["supervisor"], signal.SIGKILL)
-    assert ended(engine)["ExitCode"] == 137
-    engine.docker("rm", "box")
+    assert ended(box)["ExitCode"] == 137
+    box.docker("rm", "box")
     wait_for(lambda: not list(Path("/run/mis").glob("*/state.json")))
 
 
-def test_losing_both_keeps_the_container_closed(engine: Engine) -> None:
+def test_losing_both_keeps_the_container_closed(box: Engine) -> None:
     """Supervisor and watchdog killed at once: rules stay, exec is refused, mis gc ends it."""
-    start(engine)
+    start(box)
     found = facts()
     for pid in (found["supervisor"], *_children(found["supervisor"])):
         os.kill(pid, signal.SIGSTOP)
     for pid in (*_children(found["supervisor"]), found["supervisor"]):
         os.kill(pid, signal.SIGKILL)
-    done = engine.docker("exec", "box", "true", check=False)
+    done = box.docker("exec", "box", "true", check=False)
     assert "it has no supervisor" in done.stdout + done.stderr
-    assert state_of(engine)["Running"]
+    assert state_of(box)["Running"]
     assert mis("gc").returncode == 0
-    assert ended(engine)["ExitCode"] == 137
+    assert ended(box)["ExitCode"] == 137
 
 
 def _children(pid: int) -> list[int]:
@@ -451,21 +459,21 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in found]
 
 
-def test_mis_kill_and_mis_inspect_find_it(engine: Engine) -> None:
-    """mis manages containers as it manages its own runs, by the engine's short id."""
-    short = start(engine)[:12]
+def test_mis_kill_and_mis_inspect_find_it(box: Engine) -> None:
+    """mis manages containers as it manages its own runs, by the box's short id."""
+    short = start(box)[:12]
     (row,) = runs()
     assert row["name"] == short
     assert json.loads(mis("inspect", short).stdout)["plan"]["profile"]["name"] == "default"
-    assert met(engine.docker("exec", "box", "act", "connect", GATEWAY, "9", check=False)) == EPERM
+    assert met(box.docker("exec", "box", "act", "connect", GATEWAY, "9", check=False)) == EPERM
     assert f"wanted tcp to {GATEWAY}:9" in mis("explain", row["id"]).stdout
     assert mis("kill", short).returncode == 0
-    assert ended(engine)["ExitCode"] == 137
+    assert ended(box)["ExitCode"] == 137
 
 
-def test_a_paused_container_can_be_killed(engine: Engine) -> None:
-    """An engine pauses by the v1 freezer where there is one, which SIGKILL does not wake."""
-    short = start(engine)[:12]
-    engine.docker("pause", "box")
+def test_a_paused_container_can_be_killed(box: Engine) -> None:
+    """An box pauses by the v1 freezer where there is one, which SIGKILL does not wake."""
+    short = start(box)[:12]
+    box.docker("pause", "box")
     assert mis("kill", short).returncode == 0
-    assert ended(engine)["ExitCode"] == 137
+    assert ended(box)["ExitCode"] == 137
