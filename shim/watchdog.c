@@ -154,6 +154,7 @@ static void lost(const char *why, char **gc)
 	struct pollfd supervisor = { .fd = SUPERVISOR, .events = POLLIN };
 
 	say("closed", why, end_agent());
+	cgroup_write("cgroup.freeze", "0"); /* an engine may use its container's cgroup again */
 	while (held_count > 0)
 		close(held[--held_count]); /* the shim goes too if the kill could not reach it */
 	/* If it is dead already, which is why we are here, this fails and nothing is lost. */

@@ -22,11 +22,15 @@ FILTERED = "2"  # SECCOMP_MODE_FILTER in proc_pid_status(5)
 
 
 class EngineCgroup(Cgroup):
-    """A cgroup that the engine made and will remove: identity, numbers, and killing."""
+    """A cgroup that the engine made, will remove, or will use again: identity, numbers, killing."""
 
     def kill(self) -> None:
-        """As `Cgroup.kill`; what an engine has paused by the v1 freezer dies only when thawed."""
+        """As `Cgroup.kill`, and thawed: a container made here again must not begin frozen.
+
+        What an engine has paused by the v1 freezer dies only when that thaws.
+        """
         super().kill()
+        cgroup_kill.freeze(self.unified, on=False, timeout=0.0)
         if freezer := self._v1.get("freezer"):
             cgroup_kill.freeze_v1(freezer, on=False, timeout=0.1)
 

@@ -25,6 +25,7 @@ from mis_run.oci.operator import Operator
 from mis_run.oci.spec import Spec
 from mis_run.oci.supervisor import Order
 from mis_run.oci.words import RUN_FLAGS, Call
+from mis_run.runtime import subreaper
 
 SEARCH = (profiles.SYSTEM, profiles.BUILT_IN)
 """Never a user's own profiles: whose would they be?"""
@@ -137,6 +138,8 @@ def run(call: Call, runtime: Path, decided: Operator) -> int:
             "run: a terminal in the foreground is not supported",
             hint="create with --console-socket, then start; or process.terminal = false",
         )
+    if not detached:
+        subreaper()  # the container's init becomes our child when the OCI runtime has made it
     create(call, runtime, decided)
     if code := runs.run_and_wait(runtime, *call.base, "start", call.container):
         remove(call, runtime)

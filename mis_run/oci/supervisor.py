@@ -203,7 +203,7 @@ def _guarded(
         on(names.serve_plan(plan.network, netns, guard.update, watcher.emit_soon, resolver))
         on(control.serve(loop, run_dir.path / "control.sock", watcher.request))
         dog.start(watcher.unwatched, watcher.dog_says)
-        subject = _facts(plan, record)
+        subject = _facts(order, record)
         run_dir.note(phase="running", **subject)
         record.write(Event(kind="run.start", subject=subject))
         watcher.go()
@@ -216,9 +216,11 @@ def _guarded(
         return {"ending": ending.how, "code": code, **watcher.measurements()}
 
 
-def _facts(plan: Plan, record: report.Record) -> dict[str, Any]:
+def _facts(order: Order, record: report.Record) -> dict[str, Any]:
     """What the state file and the ``run.start`` event say of a container."""
+    plan = order.plan
     return {
+        "container": order.container,
         "began": time.time(),
         "command": list(plan.command),
         "profile": plan.profile.name,

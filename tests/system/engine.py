@@ -20,6 +20,8 @@ from typing import Any
 
 from harness import ROOT, ip, wait_for
 
+from mis_run.report import RECORDS
+
 BRIDGE, GATEWAY = "tstdock0", "198.18.79.1"
 RUNTIME = str(ROOT / "mis-oci-runtime")
 IMAGE = "mis-test:1"
@@ -103,6 +105,23 @@ class Engine:
         return self.docker(*argv, check=False)
 
 
+def events(container: str = "") -> list[dict[str, Any]]:
+    """The record of the latest container whose id begins so; other agents' records are not ours."""
+    records = sorted(RECORDS.glob("*.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in records:
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        about = found[0].get("subject", {}).get("container") if found else None
+        if about is not None and about.startswith(container):
+            return found
+    raise AssertionError(f"no record of a container {container}")
+
+
+def runs() -> list[dict[str, Any]]:
+    """What the state of every guarded container says."""
+    found = [json.loads(path.read_text()) for path in Path("/run/mis").glob("*/state.json")]
+    return [facts for facts in found if "container" in facts and facts.get("phase") == "running"]
+
+
 def why_not() -> str | None:
     """Why no engine can run here; None when one can."""
     for program in ("dockerd", "containerd", "runc", "busybox", "clang", "/usr/bin/docker"):
@@ -111,8 +130,8 @@ def why_not() -> str | None:
     return None
 
 
-def make_image(folder: Path) -> Path:
-    """A root file system as a tar: busybox, its names, ``act``, a file and a user."""
+def make_root(folder: Path) -> Path:
+    """A root file system: busybox, its names, ``act``, a file and a user."""
     root = folder / "image"
     for name in ("bin", "etc", "proc", "sys", "dev", "tmp", "work", "root"):
         (root / name).mkdir(parents=True)
@@ -128,7 +147,13 @@ def make_image(folder: Path) -> Path:
     source.write_text(ACT)
     argv = ["clang", "-static", "-O1", str(source), "-o", str(root / "bin/act")]
     subprocess.run(argv, check=True)
-    subprocess.run(["tar", "-C", str(root), "-cf", str(folder / "image.tar"), "."], check=True)
+    return root
+
+
+def make_image(folder: Path) -> Path:
+    """The same as a tar."""
+    argv = ["tar", "-C", str(make_root(folder)), "-cf", str(folder / "image.tar"), "."]
+    subprocess.run(argv, check=True)
     return folder / "image.tar"
 
 
@@ -188,15 +213,18 @@ def running(folder: Path, runtimes: Mapping[str, Any], *options: str) -> Iterato
     with ExitStack() as stack:
         stack.enter_context(bridge())
         space = stack.enter_context(namespace())
+        folder.mkdir(exist_ok=True)
         engine = start(folder, space, runtimes, *options)
         stack.callback(stop, engine)
         engine.docker("import", str(make_image(folder)), IMAGE)
-        stack.callback(remove_all, engine)
         yield engine
+        remove_all(engine)
 
 
 def remove_all(engine: Engine) -> None:
-    """Remove every container."""
+    """Remove every container, if the engine still runs: a test may have ended it."""
+    if engine.process.poll() is not None:
+        return
     if names := engine.docker("ps", "-aq").stdout.split():
         engine.docker("rm", "-f", *names)
 

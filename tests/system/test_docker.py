@@ -16,7 +16,7 @@ from typing import Any
 
 import engine as engines
 import pytest
-from engine import GATEWAY, Engine
+from engine import GATEWAY, Engine, events, runs
 from harness import mis, wait_for
 from leftovers import snapshot
 
@@ -79,12 +79,6 @@ def box(engine: Engine) -> Iterator[Engine]:
     wait_for(lambda: snapshot() == before, 5)
 
 
-def events(which: str = "") -> list[dict[str, Any]]:
-    """The record of a run, of the latest one without a name."""
-    done = mis("logs", "--json", *([which] if which else []))
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def met(done: subprocess.CompletedProcess[str]) -> int:
     """The errno that `act` met inside; everything else fails the test."""
     assert done.stdout.strip().isdecimal(), done.stderr
@@ -107,13 +101,10 @@ def ended(engine: Engine, name: str = "box") -> dict[str, Any]:
     return state_of(engine, name)
 
 
-def runs() -> list[dict[str, Any]]:
-    return list(json.loads(mis("ps", "--json").stdout))
-
-
 def facts() -> dict[str, Any]:
-    (path,) = Path("/run/mis").glob("*/state.json")
-    return dict(json.loads(path.read_text()))
+    """The state of the one guarded container."""
+    (found,) = runs()
+    return found
 
 
 # ---- the guards, each with its negative control ----------------------------------------------
@@ -194,6 +185,8 @@ def test_violations_add_up_to_the_end(box: Engine) -> None:
     kinds = [event["kind"] for event in events()]
     assert kinds.count("escape.kcmp") >= 15
     assert "run.killed" in kinds
+    box.docker("start", "box")  # in the same cgroup, which was frozen to kill it
+    assert box.docker("exec", "box", "echo", "again").stdout == "again\n"
 
 
 def test_hidden_and_protected_files(engine: Engine, tmp_path: Path) -> None:
