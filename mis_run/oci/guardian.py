@@ -25,7 +25,7 @@ from mis_run.report import RECORDS
 
 LOG = RECORDS / "oci.log"
 LOG_BYTES = 1 << 20  # it is begun anew beyond
-PATIENCE = 20.0  # seconds for each word of the supervisor, on a loaded machine
+PATIENCE = 60.0  # seconds for each word of the supervisor, on a loaded machine
 MESSAGE = 16 << 10
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"}
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import engine as engines
 import pytest
-from engine import events, runs
+from engine import events, runs, traces
 from harness import wait_for
-from leftovers import snapshot
 
 from mis_run.linux import abi
 
@@ -81,9 +80,9 @@ class Runtime:
 
 @pytest.fixture
 def runtime(tmp_path: Path, root: Path) -> Iterator[Runtime]:
-    before = snapshot()
+    before = traces()
     yield Runtime(tmp_path, root)
-    assert snapshot() == before
+    assert traces() == before
 
 
 def test_run_passes_output_and_code_through(runtime: Runtime) -> None:
@@ -233,7 +232,7 @@ def test_containerd(tmp_path: Path, root: Path) -> None:
     wrapper = tmp_path / "mis"
     wrapper.write_text(f'#!/bin/sh\nexec {engines.RUNTIME} --mis-config {tmp_path}/oci.toml "$@"\n')
     wrapper.chmod(0o755)
-    before = snapshot()
+    before = traces()
     with engines.running(tmp_path / "engine", {}):
         address = str(tmp_path / "engine/exec/containerd/containerd.sock")
         number = abi.number("ptrace")
@@ -258,14 +257,14 @@ def test_containerd(tmp_path: Path, root: Path) -> None:
             timeout=60,
         )
         assert "no profile name" in done.stderr
-    assert snapshot() == before
+    assert traces() == before
     assert runtime("list", "-q").stdout == ""
 
 
 def test_live_restore(tmp_path: Path) -> None:
     """dockerd ends and comes back: the container ran on, guarded, and still is."""
     runtimes = {"mis": {"path": engines.RUNTIME}}
-    before = snapshot()
+    before = traces()
     with engines.running(tmp_path, runtimes, "--live-restore") as engine:
         argv = ("run", "-d", "--runtime", "mis", "--name", "box", engines.IMAGE, "sleep", "1000")
         engine.docker(*argv)
@@ -278,4 +277,4 @@ def test_live_restore(tmp_path: Path) -> None:
         assert done.stdout.strip() == str(EPERM)
         engines.remove_all(again)
         engines.stop(again)
-    wait_for(lambda: snapshot() == before)
+    wait_for(lambda: traces() == before)
