@@ -12,6 +12,7 @@ import click
 
 from mis_run import __version__
 from mis_run.errors import MissingGuarantee, NotFound, UsageError
+from mis_run.manage_docker import docker
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 
@@ -24,6 +25,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable ou
 @click.version_option(__version__, "--version", "-V", message="mis-run %(version)s")
 def command() -> None:
     """Look at guarded agents, end them, and check this machine."""
+
+
+command.add_command(docker)
 
 
 def _print(value: Any) -> None:

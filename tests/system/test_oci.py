@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 
 import engine as engines
 import pytest
-from engine import events, runs, traces
-from harness import wait_for
+from engine import GATEWAY, Engine, events, runs, traces
+from harness import mis, wait_for
 
 from mis_run.linux import abi
 
@@ -233,7 +234,8 @@ def test_containerd(tmp_path: Path, root: Path) -> None:
     wrapper.write_text(f'#!/bin/sh\nexec {engines.RUNTIME} --mis-config {tmp_path}/oci.toml "$@"\n')
     wrapper.chmod(0o755)
     before = traces()
-    with engines.running(tmp_path / "engine", {}):
+    with engines.running(tmp_path / "engine", {}) as engine:
+        _installed_and_reloaded(engine)
         address = str(tmp_path / "engine/exec/containerd/containerd.sock")
         number = abi.number("ptrace")
         argv = ["ctr", "-a", address, "run", "--rm", "--rootfs", "--runc-binary", str(wrapper)]
@@ -259,6 +261,25 @@ def test_containerd(tmp_path: Path, root: Path) -> None:
         assert "no profile name" in done.stderr
     assert traces() == before
     assert runtime("list", "-q").stdout == ""
+
+
+def _installed_and_reloaded(engine: Engine) -> None:
+    """mis docker install, a reload, a container; uninstall gives the file back to the byte."""
+    path = engine.folder / "daemon.json"
+    text = path.read_text()
+    config = ("--config", str(path))
+    assert "now tell Docker" in mis("docker", "install", *config).stdout
+    assert "mis-ci-untrusted: installed" in mis("docker", "status", *config).stdout
+
+    def known() -> bool:
+        engine.process.send_signal(signal.SIGHUP)
+        return "mis-ci-untrusted" in engine.docker("info", "-f", "{{json .Runtimes}}").stdout
+
+    wait_for(known)
+    done = engine.run("act", "connect", GATEWAY, "9", runtime="mis-ci-untrusted")
+    assert done.stdout.strip() == str(EPERM), done.stderr
+    assert mis("docker", "uninstall", *config).returncode == 0
+    assert path.read_text() == text
 
 
 def test_live_restore(tmp_path: Path) -> None:
