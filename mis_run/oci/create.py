@@ -40,7 +40,7 @@ class RuntimeFailed(SetupError):
         self.exit_code = code
 
 
-def create(call: Call, runtime: Path, decided: Operator) -> int:
+def create(call: Call, runtime: str, decided: Operator) -> int:
     """The container, held and guarded; returns 0. Raises MisError, and nothing is left then."""
     found = spec.read(_bundle(call))
     plan = prepare(call, found, decided, host.probe())
@@ -49,6 +49,7 @@ def create(call: Call, runtime: Path, decided: Operator) -> int:
         plan=plan,
         container=call.container,
         root=runs.root_of(call),
+        runtime=Path(runtime),
         sealed=new_pids and memfd.sealable(),
         capabilities=tuple(found.at("process.capabilities.bounding", ())),
     )
@@ -118,7 +119,7 @@ def _create_words(call: Call, bundle: Path, pid_file: Path) -> list[str]:
     return ["create", f"--bundle={bundle}", f"--pid-file={pid_file}", *kept, call.container]
 
 
-def remove(call: Call, runtime: Path) -> None:
+def remove(call: Call, runtime: str) -> None:
     """Remove a container that could not be guarded, with whatever the runtime says about it."""
     runs.run_and_wait(runtime, *_quiet(call), "delete", "--force", call.container)
 
@@ -129,7 +130,7 @@ def _quiet(call: Call) -> tuple[str, ...]:
     return ("--root", root, "--log", os.devnull) if root else ("--log", os.devnull)
 
 
-def run(call: Call, runtime: Path, decided: Operator) -> int:
+def run(call: Call, runtime: str, decided: Operator) -> int:
     """``run``: create, start, and unless detached wait for the end and remove."""
     found = spec.read(_bundle(call))
     detached = "detach" in call.options or "d" in call.options
@@ -146,7 +147,8 @@ def run(call: Call, runtime: Path, decided: Operator) -> int:
         return code
     if detached:
         return 0
-    pid = int(runs.live(call)["pid"])
+    folder, _ = runs.live(call)
+    pid = int(state.facts(Path(folder))["pid"])
     pidfd = os.pidfd_open(pid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda n, _: signal.pidfd_send_signal(pidfd, n))

@@ -10,18 +10,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mis_run import state
 from mis_run.errors import UsageError
-from mis_run.oci import runs, spec
-from mis_run.oci.operator import Operator
+from mis_run.oci import operator, spec
 from mis_run.oci.words import FILE, Call
 
 SHAPE = {"capabilities": dict, "args": list, "env": list, "cwd": str}
 SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
 
 
-def words(call: Call, decided: Operator) -> list[str]:
+def words(call: Call, run_dir: str) -> list[str]:
     """The words for the OCI runtime's ``exec``. Raises MisError when the process may not run."""
-    facts = runs.live(call)
+    facts = state.facts(Path(run_dir))
+    decided = operator.load(call.config)
     wide = "privileged" in decided.allow
     process = call.options.get("process") or call.options.get("p")
     if process is None:

@@ -6,21 +6,20 @@ guarding become the OCI runtime's own process, with the words as they came.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
 from mis_run.errors import MisError, SetupError
-from mis_run.oci import operator, words
-from mis_run.oci.operator import Operator
-from mis_run.oci.words import Call
+from mis_run.oci import runs, words
 
-SBIN = "/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin"
+TYPE_CHECKING = False  # as typing's, without importing typing
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+    from mis_run.oci.words import Call
+
+SBIN = ("/usr/local/sbin", "/usr/sbin", "/usr/local/bin", "/usr/bin")
 
 
 def main() -> NoReturn:
@@ -44,44 +43,53 @@ def main() -> NoReturn:
 def dispatch(argv: Sequence[str]) -> int:
     """Do what the words say; the exit code, where the OCI runtime has not taken our place."""
     call = words.parse(argv)
+    if call.command in ("start", "delete", "exec") and not {"help", "h"} & {*call.options}:
+        return _later(call)
+    from mis_run.oci import operator  # late, as everything that most calls can do without
+
     decided = operator.load(call.config)
-    runtime = find_runtime(decided)
-    if call.command not in words.GUARDED or {"help", "h"} & {*call.options}:
+    runtime = str(decided.runtime or find_runtime())
+    if call.command not in ("create", "run") or {"help", "h"} & {*call.options}:
         return _become(runtime, call, call.arguments)
-    if call.command in ("create", "run"):
-        from mis_run.oci import create  # late: other commands should not pay for it
+    if sys.flags.no_site:  # as our starter has it: the supervisor needs installed packages
+        import site
 
-        act = create.run if call.command == "run" else create.create
-        return act(call, runtime, decided)
-    from mis_run.oci import runs
+        site.main()
+    from mis_run.oci import create
 
+    act = create.run if call.command == "run" else create.create
+    return act(call, runtime, decided)
+
+
+def _later(call: Call) -> int:
+    """What comes after ``create``: by the same OCI runtime, and only while there is a guard."""
     if call.command == "delete":
+        runtime = next(iter(runs.of(call).values()), None) or find_runtime()
         code = runs.run_and_wait(runtime, *call.base, call.command, *call.arguments)
         runs.wait_gone(call)
         return code
-    if call.command == "exec":
-        from mis_run.oci import execute
+    folder, runtime = runs.live(call)
+    if call.command == "start":
+        return _become(runtime, call, call.arguments)
+    from mis_run.oci import execute
 
-        return _become(runtime, call, execute.words(call, decided))
-    runs.live(call)
-    return _become(runtime, call, call.arguments)
+    return _become(runtime, call, execute.words(call, folder))
 
 
-def find_runtime(decided: Operator) -> Path:
-    """The OCI runtime that does the work. Raises SetupError when there is none."""
-    if decided.runtime is not None:
-        return decided.runtime
+def find_runtime() -> str:
+    """The OCI runtime, where the operator names none. Raises SetupError when there is none."""
     for name in ("runc", "crun"):
-        if path := shutil.which(name, path=SBIN):
-            return Path(path)
+        for folder in SBIN:
+            if os.access(f"{folder}/{name}", os.X_OK):
+                return f"{folder}/{name}"
     raise SetupError("no OCI runtime: neither runc nor crun", hint="apt-get install runc")
 
 
-def _become(runtime: Path, call: Call, arguments: Sequence[str]) -> NoReturn:
+def _become(runtime: str, call: Call, arguments: Sequence[str]) -> NoReturn:
     """The OCI runtime in our place, with our descriptors and our process id."""
     command = [call.command] if call.command else []
     try:
-        os.execv(runtime, [str(runtime), *call.base, *command, *arguments])
+        os.execv(runtime, [runtime, *call.base, *command, *arguments])
     except OSError as error:
         raise SetupError(f"{runtime}: {error.strerror}", hint=f"see {call.config}") from error
 
@@ -94,6 +102,9 @@ def complain(error: MisError, argv: Sequence[str]) -> None:
     path = _value("log", argv)
     if not path:
         return
+    import json
+    import time
+
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     line = f'time="{stamp}" level=error msg={json.dumps(text)}'
     if _value("log-format", argv) == "json":

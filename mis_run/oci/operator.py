@@ -49,7 +49,7 @@ class Operator:
     allow: frozenset[str] = frozenset()  # of LOOSENINGS
 
 
-def load(path: Path) -> Operator:
+def load(path: str) -> Operator:
     """The operator's file; the defaults where the usual one does not exist. Raises ProfileError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -64,7 +64,7 @@ def load(path: Path) -> Operator:
                 )
             raw = file.read(MOST_BYTES + 1)
     except OSError as error:
-        if error.errno == errno.ENOENT and str(path) == FILE:
+        if error.errno == errno.ENOENT and path == FILE:
             return Operator()
         raise ProfileError(f"{path}: {error.strerror}") from None
     if len(raw) > MOST_BYTES:

@@ -13,6 +13,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from mis_run import control, liveness, names, report, runtime, state, supervise
@@ -23,7 +24,7 @@ from mis_run.guards import counters, escape, net
 from mis_run.later import Later
 from mis_run.linux import memfd
 from mis_run.model import NetMode, Plan
-from mis_run.oci import container
+from mis_run.oci import container, runs
 
 ENDED = Ending("ended", 0)
 
@@ -35,6 +36,7 @@ class Order:
     plan: Plan
     container: str  # the engine's id
     root: str  # the OCI runtime's state directory, within which that id is unique
+    runtime: Path  # which makes it, and will be asked again
     sealed: bool  # whether its pid namespace is new, so that memory files can be sealed in it
     capabilities: tuple[str, ...]  # more than these nobody executes there later
 
@@ -122,7 +124,9 @@ def supervise_container(order: Order, caller: Caller) -> None:
         report.open_record(run_dir.id, order.plan.log) as record,
     ):
         run_dir.note(
-            container=order.container, root=order.root, capabilities=list(order.capabilities)
+            container=order.container,
+            engine_root=order.root,
+            capabilities=list(order.capabilities),
         )
         facts: dict[str, Any] = {}
         try:
@@ -207,6 +211,7 @@ def _guarded(
         run_dir.note(phase="running", **subject)
         record.write(Event(kind="run.start", subject=subject))
         watcher.go()
+        runs.note(run_dir.path, order.root, order.container, order.runtime)
         caller.say(guarded=True)
         loop.until(lambda: watcher.ending is not None)
         dog.pause()

@@ -2,15 +2,18 @@
 
 Grammar: runc 1.1's, which engines speak: global options, a command, its options, the container's
 id.  What is not known is refused rather than passed on: a word misread could hide a ``create``.
+
+Every ``docker run`` calls a runtime four times: `main`, `words` and `runs` import next to nothing,
+since dataclasses, pathlib and json alone would take longer than runc itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
 from mis_run.errors import UsageError
+
+TYPE_CHECKING = False  # as typing's, without importing typing
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 FILE = "/etc/mis/oci.toml"
 
@@ -47,16 +50,28 @@ FLAGS: Mapping[str, frozenset[str]] = {
 RUN_FLAGS = frozenset({"detach", "d", "keep", "no-subreaper"})
 
 
-@dataclass(frozen=True, slots=True)
 class Call:
-    """One call of the runtime. ``base`` are the global options as given, without ours."""
+    """One call of the runtime.
 
-    base: tuple[str, ...]
-    globals: Mapping[str, str]
-    command: str
-    arguments: tuple[str, ...]  # everything behind the command, as given
-    pairs: tuple[tuple[str, str], ...] = ()  # the command's options with their values
-    container: str = ""
+    ``base`` are the global options as given, without ours; ``arguments`` everything behind the
+    command, as given; ``pairs`` the command's options with their values.
+    """
+
+    def __init__(
+        self,
+        base: tuple[str, ...],
+        globals: Mapping[str, str],
+        command: str,
+        arguments: tuple[str, ...],
+        pairs: tuple[tuple[str, str], ...] = (),
+        container: str = "",
+    ) -> None:
+        self.base = base
+        self.globals = globals
+        self.command = command
+        self.arguments = arguments
+        self.pairs = pairs
+        self.container = container
 
     @property
     def options(self) -> dict[str, str]:
@@ -64,9 +79,9 @@ class Call:
         return dict(self.pairs)
 
     @property
-    def config(self) -> Path:
+    def config(self) -> str:
         """The operator's file."""
-        return Path(self.globals.get("mis-config", FILE))
+        return self.globals.get("mis-config", FILE)
 
     @property
     def profile(self) -> str | None:

@@ -69,14 +69,14 @@ def test_a_file_that_others_can_write_is_refused(tmp_path: Path) -> None:
     path.write_text('profile = "strict"\n')
     path.chmod(0o644)
     if os.geteuid() == 0:
-        assert operator.load(path).profile == "strict"
+        assert operator.load(str(path)).profile == "strict"
     path.chmod(0o666)
     with pytest.raises(ProfileError, match="can write"):
-        operator.load(path)
+        operator.load(str(path))
     with pytest.raises(ProfileError):
-        operator.load(tmp_path / "missing.toml")
+        operator.load(str(tmp_path / "missing.toml"))
     with pytest.raises(ProfileError):
-        operator.load(tmp_path)
+        operator.load(str(tmp_path))
 
 
 def test_precedence() -> None:
