@@ -49,7 +49,7 @@ def merge(engine: Mapping[str, Any] | None, *, enforce: bool, sealed: bool) -> d
     rules = _rules(engine)
     default = str(engine.get("defaultAction"))
     if default in PERMISSIVE:
-        return _over_ours(rules, ours)
+        return _over_ours(rules, ours, enforce=enforce)
     if default not in DENYING:
         raise UsageError(f"seccomp: default action {default!r} is not known")
     merged: dict[str, Any] = {
@@ -99,37 +99,30 @@ def _is_condition(value: Any) -> bool:
     )
 
 
-def _over_ours(rules: Sequence[Rule], ours: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _over_ours(
+    rules: Sequence[Rule], ours: Sequence[dict[str, Any]], *, enforce: bool
+) -> dict[str, Any]:
     """For an engine that allows by default: our allow-list without what its rules deny."""
-    denied = {
-        name for rule in rules if rule.get("action") not in PERMISSIVE for name in rule["names"]
-    }
+    denied = {name for rule in rules if rule["action"] not in PERMISSIVE for name in rule["names"]}
     made = seccomp.profile(ours, left_out=NAMES)
-    trimmed = [
-        {**rule, "names": [name for name in rule["names"] if name not in denied]}
-        if rule["action"] == "SCMP_ACT_ALLOW"
-        else rule
-        for rule in made["syscalls"]
-    ]
+    trimmed = [_narrowed(rule, denied, enforce=enforce) for rule in made["syscalls"]]
     return {**made, "syscalls": [rule for rule in trimmed if rule["names"]]}
+
+
+def _narrowed(rule: Rule, denied: Collection[str], *, enforce: bool) -> dict[str, Any]:
+    """One of our rules without calls that the engine denies, unless it can only deny them too."""
+    counts = enforce and rule["action"] != "SCMP_ACT_ALLOW"
+    names = [name for name in rule["names"] if name not in denied or (counts and name in SURE)]
+    return {**rule, "names": names}
 
 
 def _governed(
     rules: Sequence[Rule], ours: Sequence[Rule], governed: Collection[str], *, enforce: bool
 ) -> list[dict[str, Any]]:
     """Our rules for these calls, narrowed to what the engine allows."""
-    allowed = {name for name in governed if _allows(name, rules)}
-    found = []
-    for rule in ours:
-        handed = rule["action"] != "SCMP_ACT_ALLOW"
-        names = [
-            name
-            for name in rule["names"]
-            if name in allowed or (handed and name in SURE and enforce)
-        ]
-        if names:
-            found.append({**rule, "names": names})
-    return found
+    denied = {name for name in NAMES if name not in governed or not _allows(name, rules)}
+    found = [_narrowed(rule, denied, enforce=enforce) for rule in ours]
+    return [rule for rule in found if rule["names"]]
 
 
 def _allows(name: str, rules: Sequence[Rule]) -> bool:

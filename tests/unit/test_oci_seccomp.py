@@ -78,7 +78,7 @@ REGISTER = st.integers(0, 2**64 - 1) | st.sampled_from(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(
     st.sampled_from([*ENGINES]),
     st.sampled_from([*GOVERNED, "read", "keyctl", "openat", "getpid"]),
@@ -88,10 +88,13 @@ REGISTER = st.integers(0, 2**64 - 1) | st.sampled_from(
 def test_never_wider_than_the_engine(which: str, name: str, args: list[int], enforce: bool) -> None:
     """Whatever runs under the merged filter would have run under the engine's, audit or not."""
     if allows(program(which, True, enforce), name, args, ours=True, enforce=enforce):
-        assert allows(program(which, False), name, args, ours=False)
+        # Registers of int arguments: the kernel sees the lower half, and so do we.
+        seen = args if name in ("clone", "unshare") else [value & 0xFFFFFFFF for value in args]
+        engines = program(which, False)
+        assert allows(engines, name, args, ours=False) or allows(engines, name, seen, ours=False)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(
     st.sampled_from([*ENGINES]),
     st.sampled_from(GOVERNED),
