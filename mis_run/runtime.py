@@ -93,10 +93,10 @@ def create(
         argv += ["--bundle", str(folder), "--pid-file", str(folder / "pid"), "--preserve-fds", "1"]
         console = listener = None
         if config["process"]["terminal"]:
-            console = listen(stack, folder / "console.sock")
+            console = _listen(stack, folder / "console.sock")
             argv += ["--console-socket", str(folder / "console.sock")]
         if path := config["linux"].get("seccomp", {}).get("listenerPath"):
-            listener = listen(stack, Path(path))
+            listener = _listen(stack, Path(path))
         _create([*argv, run_id], theirs, folder, meanwhile)
         theirs.close()
         pid = int((folder / "pid").read_text())
@@ -162,8 +162,7 @@ def _hint(words: str) -> str:
     return "mis doctor"
 
 
-def listen(stack: ExitStack, path: Path) -> socket.socket:
-    """A socket that a runtime will send a descriptor to."""
+def _listen(stack: ExitStack, path: Path) -> socket.socket:
     listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     listener.bind(str(path))
     listener.listen(1)

@@ -16,16 +16,15 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
-from mis_run import host, interior, profiles, state
+from mis_run import profiles, state
 from mis_run.errors import SetupError, UsageError
 from mis_run.linux import memfd
-from mis_run.model import Host, Plan
+from mis_run.model import Host
 from mis_run.oci import dangers, edit, guardian, operator, planning, runs, spec
 from mis_run.oci.operator import Operator
+from mis_run.oci.order import RESOLV_CONF, SOCKET, Order
 from mis_run.oci.spec import Spec
-from mis_run.oci.supervisor import Order
 from mis_run.oci.words import RUN_FLAGS, Call
-from mis_run.runtime import subreaper
 
 SEARCH = (profiles.SYSTEM, profiles.BUILT_IN)
 """Never a user's own profiles: whose would they be?"""
@@ -43,23 +42,24 @@ class RuntimeFailed(SetupError):
 def create(call: Call, runtime: str, decided: Operator) -> int:
     """The container, held and guarded; returns 0. Raises MisError, and nothing is left then."""
     found = spec.read(_bundle(call))
-    plan = prepare(call, found, decided, host.probe())
-    new_pids = not found.shares("pid") and not found.joins("pid")
-    order = Order(
-        plan=plan,
-        container=call.container,
-        root=runs.root_of(call),
-        runtime=Path(runtime),
-        sealed=new_pids and memfd.sealable(),
-        capabilities=tuple(found.at("process.capabilities.bounding", ())),
+    order = prepare(call, Path(runtime), found, decided)
+    # Of this machine only what the configuration needs; the supervisor looks at all of it.
+    machine = Host(
+        mechanisms={},
+        cgroup="",
+        unified=None,
+        controllers={},
+        runtime=None,
+        cpus=len(os.sched_getaffinity(0)),
     )
+    plan = planning.make(order.profile, found, decided, machine, order.name)
     with guardian.start(order) as supervisor:
         run_dir = supervisor.run_dir()
         inside = edit.Inside(
-            listener=run_dir / "seccomp.sock",
-            resolv_conf=run_dir / "resolv.conf" if edit.uses_our_resolver(plan) else None,
+            listener=run_dir / SOCKET,
+            resolv_conf=run_dir / RESOLV_CONF if edit.uses_our_resolver(plan) else None,
             sealed=order.sealed,
-            swap=interior.MEMSW.exists() or plan.host.cgroup == "v2",
+            swap=any(path.exists() for path in edit.SWAP),
         )
         edited = edit.apply(found, plan, inside)
         config = found.bundle / "config.json"
@@ -83,20 +83,22 @@ def create(call: Call, runtime: str, decided: Operator) -> int:
     return 0
 
 
-def prepare(call: Call, found: Spec, decided: Operator, machine: Host) -> Plan:
-    """The plan for one container. Raises UsageError and MissingGuarantee."""
+def prepare(call: Call, runtime: Path, found: Spec, decided: Operator) -> Order:
+    """What is to be guarded. Raises UsageError for what may not be, and for a bad profile."""
     dangers.check(found, decided.allow)
     chosen = operator.choose(decided, call.profile, found.annotations, found.environment)
     search = (*([decided.profiles] if decided.profiles else ()), *SEARCH)
-    plan = planning.make(
-        profiles.load(chosen, search=search),
-        found,
-        decided,
-        machine,
-        _name(call.container),
+    new_pids = not found.shares("pid") and not found.joins("pid")
+    return Order(
+        profile=profiles.load(chosen, search=search),
+        spec=found,
+        operator=decided,
+        container=call.container,
+        name=_name(call.container),
+        root=runs.root_of(call),
+        runtime=runtime,
+        sealed=new_pids and memfd.sealable(),
     )
-    planning.check(plan)
-    return plan
 
 
 def _name(container: str) -> str | None:
@@ -140,6 +142,8 @@ def run(call: Call, runtime: str, decided: Operator) -> int:
             hint="create with --console-socket, then start; or process.terminal = false",
         )
     if not detached:
+        from mis_run.runtime import subreaper
+
         subreaper()  # the container's init becomes our child when the OCI runtime has made it
     create(call, runtime, decided)
     if code := runs.run_and_wait(runtime, *call.base, "start", call.container):

@@ -19,6 +19,11 @@ from mis_run.oci import seccomp_merge
 from mis_run.oci.spec import Spec
 
 RESOLV_CONF = "/etc/resolv.conf"
+SWAP = (
+    Path("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes"),
+    Path("/sys/fs/cgroup/cgroup.controllers"),
+)
+"""One of them is there when the kernel accounts swap: v1 with it, or v2."""
 
 
 @dataclass(frozen=True, kw_only=True)

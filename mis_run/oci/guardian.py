@@ -19,8 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mis_run import state
 from mis_run.errors import MisError, SetupError
-from mis_run.oci.supervisor import Order, supervise_container
+from mis_run.oci.order import RESOLV_CONF, SOCKET, Order, Place
 from mis_run.report import RECORDS
 
 LOG = RECORDS / "oci.log"
@@ -57,7 +58,9 @@ class Guardian:
             raise SetupError("the supervisor ended without a word", hint=f"see {LOG}")
         words = json.loads(raw)
         if "error" in words:
-            raise SetupError(str(words["error"]), hint=str(words["hint"]))
+            error = SetupError(str(words["error"]), hint=str(words["hint"]))
+            error.exit_code = int(words["code"])
+            raise error
         return words[word]
 
 
@@ -99,18 +102,36 @@ def _be_supervisor(order: Order, channel: socket.socket) -> None:
     try:
         _detach(channel.fileno())
         sys.setswitchinterval(0.0005)
-        supervise_container(order, caller)
+        _claim_and_guard(order, caller)
         code = 0
     except MisError as error:
         print(f"{order.container}: {error.message}", file=sys.stderr)
-        caller.say(error=error.message, hint=error.hint)
+        caller.say(error=error.message, hint=error.hint, code=error.exit_code)
         code = error.exit_code
     except BaseException as error:  # noqa: BLE001 - said to the caller, logged, and our end
         traceback.print_exc()
-        caller.say(error=f"the supervisor failed: {error}", hint=f"see {LOG}")
+        caller.say(error=f"the supervisor failed: {error}", hint=f"see {LOG}", code=code)
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def _claim_and_guard(order: Order, caller: _Caller) -> None:
+    """First what the container's configuration names; all else while the container is made."""
+    with (
+        state.create(order.name) as run_dir,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
+    ):
+        listener.bind(str(run_dir.path / SOCKET))
+        listener.listen(16)
+        listener.settimeout(5.0)
+        resolv_conf = run_dir.path / RESOLV_CONF
+        resolv_conf.touch()
+        resolv_conf.chmod(0o644)
+        caller.say(run=str(run_dir.path))
+        from mis_run.oci.supervisor import supervise_container  # late: runc works meanwhile
+
+        supervise_container(order, run_dir, Place(listener, resolv_conf), caller)
 
 
 def _detach(channel: int) -> None:

@@ -123,7 +123,9 @@ def _mechanisms(profile: Profile, host: Host) -> list[Mechanism]:
         for guarantee, name in wanted
     ]
     found += [Mechanism(one, "fanotify", NOT_HERE) for one in (Guarantee.FILE, Guarantee.EXEC)]
-    found.append(Mechanism(Guarantee.LIVENESS, "watchdog", host.mechanisms["watchdog"]))
+    found.append(
+        Mechanism(Guarantee.LIVENESS, "watchdog", host.mechanisms.get("watchdog", NOT_HERE))
+    )
     return found
 
 

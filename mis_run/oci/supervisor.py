@@ -11,12 +11,10 @@ import os
 import socket
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from mis_run import control, liveness, names, report, runtime, state, supervise
+from mis_run import control, host, liveness, names, report, runtime, state, supervise
 from mis_run.defcon import Tracker
 from mis_run.events import Event
 from mis_run.follow import Ending, Follower
@@ -24,31 +22,10 @@ from mis_run.guards import counters, escape, net
 from mis_run.later import Later
 from mis_run.linux import memfd
 from mis_run.model import NetMode, Plan
-from mis_run.oci import container, runs
+from mis_run.oci import container, planning, runs
+from mis_run.oci.order import Caller, Order, Place
 
 ENDED = Ending("ended", 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What the call that makes a container wants guarded."""
-
-    plan: Plan
-    container: str  # the engine's id
-    root: str  # the OCI runtime's state directory, within which that id is unique
-    runtime: Path  # which makes it, and will be asked again
-    sealed: bool  # whether its pid namespace is new, so that memory files can be sealed in it
-    capabilities: tuple[str, ...]  # more than these nobody executes there later
-
-
-class Caller(Protocol):
-    """The call of the runtime that is waiting for us."""
-
-    def say(self, **words: Any) -> None:
-        """Tell it something."""
-
-    def pid(self) -> int:
-        """Wait for the container's init, held before its first instruction."""
 
 
 def own_address(run_id: str) -> str:
@@ -117,20 +94,17 @@ class Watcher(Follower):
         self.loop.add(number, serve)
 
 
-def supervise_container(order: Order, caller: Caller) -> None:
+def supervise_container(order: Order, run_dir: state.RunDir, place: Place, caller: Caller) -> None:
     """Guard one container to its end. Raises MisError for everything that fails on the way."""
-    with (
-        state.create(order.plan.name) as run_dir,
-        report.open_record(run_dir.id, order.plan.log) as record,
-    ):
+    with report.open_record(run_dir.id, None) as record:
         run_dir.note(
             container=order.container,
             engine_root=order.root,
-            capabilities=list(order.capabilities),
+            capabilities=order.capabilities,
         )
         facts: dict[str, Any] = {}
         try:
-            facts = _guarded(order, run_dir, record, caller)
+            facts = _guarded(order, run_dir, place, record, caller)
         finally:
             subject = facts or {"message": "the container was not guarded"}
             kind = "run.exit" if facts else "run.failed"
@@ -138,22 +112,20 @@ def supervise_container(order: Order, caller: Caller) -> None:
 
 
 def _guarded(
-    order: Order, run_dir: state.RunDir, record: report.Record, caller: Caller
+    order: Order, run_dir: state.RunDir, place: Place, record: report.Record, caller: Caller
 ) -> dict[str, Any]:
-    plan = order.plan
+    """Everything in its order, as far as possible while the OCI runtime makes the container."""
+    plan = planning.make(order.profile, order.spec, order.operator, host.probe(), order.name)
+    planning.check(plan)
     settings, enforce = plan.profile, plan.profile.enforce
     with ExitStack() as stack:
         on = stack.enter_context
         loop = on(supervise.loop())
-        socket_path = run_dir.path / "seccomp.sock"
-        listener = runtime.listen(stack, socket_path)
-        resolver = own_address(run_dir.id)
-        resolv_conf = run_dir.path / "resolv.conf"
-        resolv_conf.write_text(names.resolv_conf(resolver))
-        resolv_conf.chmod(0o644)
         loading = Later(lambda: net.load(plan.network, enforce=enforce))
         stack.callback(loading.wait)
-        caller.say(run=str(run_dir.path))
+        resolver = own_address(run_dir.id)
+        place.resolv_conf.write_text(names.resolv_conf(resolver))
+        loading.wait()
         pid = caller.pid()
         box = on(container.box_of(pid))
         group = container.cgroup_of(pid, plan.host)
@@ -172,7 +144,7 @@ def _guarded(
         if order.sealed:
             memfd.seal(box.pidfd)
         tracker = Tracker(settings.defcon)
-        first = runtime.receive(listener)
+        first = runtime.receive(place.listener)
         counted = on(counters.attach(group.unified, settings.counters, later=True))
         supervise.come_first()
         watcher = Watcher(
@@ -198,7 +170,7 @@ def _guarded(
             guard.verify(box.probe)
         guard.canary_pid = 0
         counted.ready()
-        watcher.listen(listener)
+        watcher.listen(place.listener)
         dog.watching(None)
         netns = None
         if plan.network.mode is not NetMode.HOST:
@@ -207,7 +179,7 @@ def _guarded(
         on(names.serve_plan(plan.network, netns, guard.update, watcher.emit_soon, resolver))
         on(control.serve(loop, run_dir.path / "control.sock", watcher.request))
         dog.start(watcher.unwatched, watcher.dog_says)
-        subject = _facts(order, record)
+        subject = _facts(order, plan, record)
         run_dir.note(phase="running", **subject)
         record.write(Event(kind="run.start", subject=subject))
         watcher.go()
@@ -221,9 +193,8 @@ def _guarded(
         return {"ending": ending.how, "code": code, **watcher.measurements()}
 
 
-def _facts(order: Order, record: report.Record) -> dict[str, Any]:
+def _facts(order: Order, plan: Plan, record: report.Record) -> dict[str, Any]:
     """What the state file and the ``run.start`` event say of a container."""
-    plan = order.plan
     return {
         "container": order.container,
         "began": time.time(),

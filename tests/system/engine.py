@@ -136,7 +136,10 @@ def traces() -> list[str]:
         with suppress(OSError):  # it ended meanwhile
             words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             ours = "mis_run.oci.main" in words or "mis-init 3 -- true" in words
-            if ours or ("mis-watchdog" in words and "/mis/" not in words.partition(" -- ")[0]):
+            if ours or (
+                words.partition(" ")[0].endswith("/mis-watchdog")
+                and "/mis/" not in words.partition(" -- ")[0]
+            ):
                 found.append(f"process {words[:200]}")
     for top in Path("/sys/fs/cgroup").glob("*"):
         found += [f"cgroup {path}" for path in top.glob("docker/*") if path.is_dir()]
