@@ -28,7 +28,7 @@ from mis_run import (
 )
 from mis_run.errors import MisError
 from mis_run.events import Event
-from mis_run.guards import counters, escape, net
+from mis_run.guards import counters, escape, file, file_policy, net
 from mis_run.later import Later
 from mis_run.linux import memfd
 from mis_run.model import Plan
@@ -152,6 +152,17 @@ def _launch(
                     effects=lambda: tracker.effects,
                 )
             )
+        if plan.uses("fanotify"):
+            guards["file"] = held = on(
+                file.attach(
+                    box.pid,
+                    file_policy.build(plan, root),
+                    (run_dir.path / "info/canary").stat(),
+                    enforce=enforce,
+                    delay=tracker.delay,
+                    effects=lambda: tracker.effects,
+                )
+            )
         counted = on(counters.attach(group.unified, settings.counters, later=True))
         steps.done("guards")
         box.start()
@@ -167,6 +178,8 @@ def _launch(
             counters=counted,
         )
         follower.watch()
+        if plan.uses("fanotify"):
+            box.hold(held.group)  # while a copy is open, opens wait for a verdict
         for one in guards.values():
             one.verify(box.probe)
         if link and link.interface:
