@@ -152,8 +152,9 @@ def _launch(
                     effects=lambda: tracker.effects,
                 )
             )
+        held = [box.lifeline.fileno()]  # what must stay open until the agent is gone
         if plan.uses("fanotify"):
-            guards["file"] = held = on(
+            guards["file"] = files = on(
                 file.attach(
                     box.pid,
                     file_policy.build(plan, root),
@@ -163,6 +164,7 @@ def _launch(
                     effects=lambda: tracker.effects,
                 )
             )
+            held.append(files.group)
         counted = on(counters.attach(group.unified, settings.counters, later=True))
         steps.done("guards")
         box.start()
@@ -178,15 +180,14 @@ def _launch(
             counters=counted,
         )
         follower.watch()
-        if plan.uses("fanotify"):
-            box.hold(held.group)  # while a copy is open, opens wait for a verdict
+        box.hold(*held[1:])
         for one in guards.values():
             one.verify(box.probe)
         if link and link.interface:
             guard.verify_xdp(link.netns)
         counted.ready()
         steps.done("verified")
-        dog.watching(box.lifeline)
+        dog.watching(*held)
         steps.done("watched")
         netns = link.netns if link else None
         on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon))

@@ -128,6 +128,13 @@ class EscapeGuard:
         # Refused by its arguments: proves the part of the filter that compares them.
         self._try(probe, "socket", (AF_ALG, SOCK_SEQPACKET, 0), errno.EAFNOSUPPORT, 0)
 
+    def beat(self, probe: Probe) -> None:
+        """One forbidden call of the container's init, seen here, as heartbeat.
+
+        Raises VerifyError.
+        """
+        self._try(probe, "kcmp", (0, 0, 0), errno.EPERM, errno.ESRCH)
+
     def _try(
         self, probe: Probe, name: str, args: tuple[int, ...], wanted: int, without: int
     ) -> None:

@@ -141,6 +141,14 @@ class FileGuard:
         finally:
             self._proving = False
 
+    def beat(self, probe: Probe) -> None:
+        """The canary opened by the container's init, seen here, as heartbeat; and every mount
+        still marked. Raises VerifyError."""
+        from mis_run.bundle import INFO
+
+        self._marks.update()
+        self._try(probe, f"open 0 {INFO}/canary")
+
     def _try(self, probe: Probe, act: str) -> None:
         before = self.canaries
         met = probe(act)
@@ -155,10 +163,6 @@ class FileGuard:
                 f"file guard: '{act}' inside the container met {abi.error(met)}, not EPERM",
                 hint="mis doctor",
             )
-
-    def look(self) -> None:
-        """Mark mounts that appeared; nothing should be able to make any. Raises VerifyError."""
-        self._marks.update()
 
     # ---- one open -------------------------------------------------------------------------
 
@@ -213,8 +217,11 @@ class FileGuard:
             return verdict.rule
         if opened.executes:
             return self._judge_program(opened, path, facts)
-        if not verdict.allowed and not (verdict := policy.execs.judge(path)).allowed:
-            return DEFAULT
+        if not verdict.allowed:
+            # What may be executed is opened for that, right after; nothing else is a program.
+            is_program = stat.S_ISREG(facts.st_mode) and facts.st_mode & 0o111
+            if not is_program or not (verdict := policy.execs.judge(path)).allowed:
+                return DEFAULT
         if self._in_force.explicit and verdict.rule is not None and not verdict.rule.explicit:
             return UNNAMED
         return self._judge_loaded(opened, path, facts)
@@ -240,23 +247,26 @@ class FileGuard:
         return None
 
     def _judge_loaded(self, opened: Opened, path: str, facts: os.stat_result) -> Rule | None:
-        """A program that may not be executed may not be opened: the loader could run it."""
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size < 64:
-            return None
-        if os.pread(opened.fd, 4, 0) != elf.MAGIC:
-            return None
+        """What may not be executed may not be opened: an interpreter or the loader could run it.
+
+        That holds for what a denial names (scripts too; not for all of a folder, which may be
+        read), and for every ELF program that may not be executed.
+        """
         policy = self._policy
-        rule = policy.programs.get((facts.st_dev, facts.st_ino))
-        if rule is None:
-            verdict = policy.execs.judge(path)
-            if verdict.allowed:
-                explicit = verdict.rule is not None and verdict.rule.explicit
-                return None if explicit else policy.copy_of(opened.fd, facts.st_size)
-            rule = verdict.rule or DEFAULT
-        name = path.rpartition("/")[2]
-        if policy.is_writable(path) or (".so" not in name and elf.is_program(opened.fd)):
-            return Rule(rule.pattern, rule.effect, rule.text, rule.explicit)
-        return None
+        if outlaw := policy.programs.get((facts.st_dev, facts.st_ino)):
+            return outlaw
+        verdict = policy.execs.judge(path)
+        denial = None if verdict.allowed else verdict.rule
+        if denial is not None and not denial.pattern.endswith("*"):
+            return denial
+        if not stat.S_ISREG(facts.st_mode) or os.pread(opened.fd, 4, 0) != elf.MAGIC:
+            return None
+        if verdict.allowed:
+            known = verdict.rule is not None and verdict.rule.explicit
+            return None if known else policy.copy_of(opened.fd, facts.st_size)
+        # Libraries of the system are no programs; a library that the agent made could be one.
+        library = ".so" in path.rpartition("/")[2] and not policy.is_writable(path)
+        return None if library or not elf.is_program(opened.fd) else denial or DEFAULT
 
     # ---- answering ------------------------------------------------------------------------
 

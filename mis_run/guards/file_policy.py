@@ -31,7 +31,7 @@ class Policy:
     """Everything a verdict needs.
 
     ``objects`` are denied whatever they are called, ``programs`` may not be executed; ``sizes``
-    leads to denied programs by content.  ``writable`` are the places whose content is the agent's.
+    leads to denied programs by content.  ``places`` says which folders' content is the agent's.
     """
 
     opens: Rules
@@ -39,11 +39,12 @@ class Policy:
     objects: Mapping[Identity, Rule] = field(default_factory=dict)
     programs: Mapping[Identity, Rule] = field(default_factory=dict)
     sizes: Mapping[int, list[tuple[Path, Rule]]] = field(default_factory=dict)
-    writable: tuple[str, ...] = ()
+    places: Mapping[str, bool] = field(default_factory=dict)
 
     def is_writable(self, path: str) -> bool:
         """Whether the agent itself may have made what is at ``path``."""
-        return any(path.startswith(f"{place}/") for place in self.writable)
+        around = [place for place in self.places if path.startswith(f"{place}/")]
+        return self.places[max(around, key=len)] if around else False
 
     def copy_of(self, fd: int, size: int) -> Rule | None:
         """The rule of the denied program that has the same content."""
@@ -70,18 +71,21 @@ def build(plan: Plan, root: Root) -> Policy:
     """The policy of one run. Raises UsageError for a set or variable that does not exist."""
     maker = _Maker(plan, root)
     files, programs = plan.profile.files, plan.profile.exec
-    places = [str(plan.cwd), *(str(bind.target) for bind in plan.binds)]
+    places = dict.fromkeys((*rootfs.FRESH, "/dev/shm", *_home(plan), str(plan.cwd)), True)
+    places |= {str(bind.target): not bind.readonly for bind in plan.binds}
     named = [f"{bind.target}/**" for bind in plan.binds] + [str(b.target) for b in plan.binds]
     # What stands empty in place of something hidden has only what the agent put there.
     emptied = [f"{path}/**" for path, folder in root.emptied.items() if folder]
     denied = [*maker.rules(files.deny, Effect.DENY), *maker.rules(files.kill, Effect.KILL)]
-    opens = [
-        *maker.rules((*files.read, *files.write), Effect.ALLOW),
-        *maker.given(emptied, "emptied for this run"),
-        *maker.given(named, "--bind"),
-        *maker.given([f"{INFO}/**"], "the agent's own rules"),
-        *denied,
-    ]
+    opens = compile_rules(
+        [
+            *maker.rules((*files.read, *files.write), Effect.ALLOW),
+            *maker.given(emptied, "emptied for this run"),
+            *maker.given(named, "--bind"),
+            *maker.given([f"{INFO}/**"], "the agent's own rules"),
+            *denied,
+        ]
+    )
     kept_out = maker.rules(programs.deny, Effect.DENY, are_programs=True)
     execs = [
         *maker.rules(programs.allow, Effect.ALLOW, are_programs=True),
@@ -95,12 +99,12 @@ def build(plan: Plan, root: Root) -> Policy:
     for path, info in facts.items():
         sizes.setdefault(info.st_size, []).append((maker.on_host(path), outlaws[path]))
     return Policy(
-        opens=compile_rules(opens),
+        opens=opens,
         execs=compile_rules(execs),
-        objects=dict(maker.objects(denied)),
+        objects=dict(maker.objects(denied, opens)),
         programs={(info.st_dev, info.st_ino): outlaws[path] for path, info in facts.items()},
         sizes=sizes,
-        writable=(*places, *rootfs.FRESH, "/dev/shm", *_home(plan)),
+        places=places,
     )
 
 
@@ -162,21 +166,22 @@ class _Maker:
         """What exists of anchored patterns, links followed."""
         return sorted({path for pattern in patterns for path in masks.find(self._root, pattern)})
 
-    def objects(self, rules: Iterable[Rule]) -> Iterator[tuple[Identity, Rule]]:
+    def objects(self, denied: Iterable[Rule], opens: Rules) -> Iterator[tuple[Identity, Rule]]:
         """The files that exist under a denial in what the agent shares with the host.
 
         Elsewhere the throw-away layer has nothing of theirs: they are hidden there.
         """
-        rules = list(rules)
-        floating = compile_rules(rule for rule in rules if floats(rule.pattern))
-        for rule in rules:
-            for target in self._binds:
-                if rule.pattern.startswith(f"{target}/") and "**" not in rule.pattern[:-3]:
-                    for path in _files_of(self.on_host(rule.pattern.removesuffix("/**"))):
-                        yield path, rule
-        if floating.floating:
+        anywhere = False
+        for rule in denied:
+            if floats(rule.pattern) or "*" in rule.pattern.removesuffix("/**"):
+                anywhere = True
+                continue
+            top = rule.pattern.removesuffix("/**")
+            if any(top.startswith(f"{target}/") for target in self._binds):
+                yield from _denied_below(str(self.on_host(top)), top, opens)
+        if anywhere:
             for target, source in self._binds.items():
-                yield from _walk(source, target, floating)
+                yield from _denied_below(source, target, opens)
 
     def _program(self, pattern: str, effect: Effect) -> list[str]:
         """Paths that a program's pattern means beside itself."""
@@ -213,36 +218,30 @@ class _Maker:
         return f"{self._resolve(pattern[:-3])}/**" if pattern.endswith("/**") else pattern
 
 
-def _files_of(path: Path) -> Iterator[Identity]:
-    """The identity of a file, or of all below a folder."""
-    try:
-        info = path.lstat()
-    except OSError:  # not there yet: judged by its name when it comes
-        return
-    if stat.S_ISREG(info.st_mode):
-        yield info.st_dev, info.st_ino
-    elif stat.S_ISDIR(info.st_mode):
-        for folder, _, names in os.walk(path):
-            for name in names:
-                info = os.lstat(f"{folder}/{name}")
-                yield info.st_dev, info.st_ino
-
-
-def _walk(source: str, target: str, rules: Rules) -> Iterator[tuple[Identity, Rule]]:
-    """Every file below ``source`` that a floating rule names as the agent sees it."""
+def _denied_below(source: str, target: str, opens: Rules) -> Iterator[tuple[Identity, Rule]]:
+    """Every file at or below ``source``, which the agent sees as ``target``, that a rule denies."""
     from mis_run.errors import SetupError
 
     left = MOST_WALKED
-    for folder, _, names in os.walk(source):
-        inside = f"{target}{folder[len(source) :]}"
-        for name in names:
-            verdict = rules.judge(f"{inside}/{name}")
-            if verdict.rule is not None:
-                info = os.lstat(f"{folder}/{name}")
-                yield (info.st_dev, info.st_ino), verdict.rule
-        left -= len(names)
+    for path in _files(source):
+        left -= 1
         if left < 0:
             raise SetupError(
-                f"{source} has more than {MOST_WALKED} files to look at for denials like '**/NAME'",
-                hint="name the denied places from the root: $WORKSPACE/NAME",
+                f"{source} has more than {MOST_WALKED} files to look at for what is denied",
+                hint="name the denied places from the root, without wildcards: $WORKSPACE/NAME",
             )
+        rule = opens.judge(f"{target}{path[len(source) :]}").rule
+        if rule is not None and rule.effect is not Effect.ALLOW:
+            try:
+                info = os.lstat(path)
+            except FileNotFoundError:  # gone since
+                continue
+            yield (info.st_dev, info.st_ino), rule
+
+
+def _files(path: str) -> Iterator[str]:
+    if not os.path.isdir(path):  # noqa: PTH112 - as cheap as it can be
+        yield path
+    for folder, _, names in os.walk(path):
+        for name in names:
+            yield f"{folder}/{name}"

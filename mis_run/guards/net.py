@@ -324,6 +324,23 @@ class NetGuard:
         self._verify_socket(probe)
         self._forget_trials()
 
+    def beat(self, probe: Probe) -> None:
+        """One forbidden connection of the container's init: refused *and* counted, as heartbeat.
+
+        Raises VerifyError.
+        """
+        before = self.hook_counts()["connect4"]
+        error = probe(f"connect 2 {int(socket.SOCK_STREAM)} {rules.CANARY4} 9")
+        if error == 0 and self._enforce:
+            raise VerifyError("network guard connect4: a forbidden connection was not refused")
+        after = self.hook_counts()["connect4"]
+        refused = after["denied"] + after["audited"] - before["denied"] - before["audited"]
+        if error in (0, EPERM) and not refused:
+            raise VerifyError("network guard connect4: the refusal was not counted")
+        base = list(self._base)
+        base[1] += error in (0, EPERM)  # it was ours, not the agent's
+        self._base = tuple(base)
+
     def _forget_trials(self) -> None:
         """What was tried so far was tried by us."""
         self.read()
