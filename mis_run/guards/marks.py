@@ -76,7 +76,8 @@ def _differ(outer: Mount, inner: Mount) -> bool:
     top = outer.root.rstrip("/")
     if inner.root != outer.root and not inner.root.startswith(f"{top}/"):
         return False
-    return inner.point != (outer.point.rstrip("/") + inner.root[len(top) :] or "/")
+    below = inner.root[len(top) :].strip("/")
+    return inner.point.rstrip("/") != f"{outer.point.rstrip('/')}/{below}".rstrip("/")
 
 
 class Marks:
