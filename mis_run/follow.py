@@ -138,7 +138,9 @@ class Follower:
 
     def _take_mail(self) -> None:
         self._mailbox.recv(4096)
-        mail, self._mail = self._mail, []
+        count = len(self._mail)  # another thread may append meanwhile
+        mail = self._mail[:count]
+        del self._mail[:count]
         self.emit(mail)
 
     def signal(self, number: int) -> None:

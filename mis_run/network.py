@@ -23,6 +23,7 @@ from mis_run.errors import SetupError
 from mis_run.later import Later
 from mis_run.linux import libc
 from mis_run.model import Finding, NetMode, NetPlan
+from mis_run.state import ID
 
 MAC_HOST, MAC_AGENT = "02:6d:69:73:00:01", "02:6d:69:73:00:02"
 
@@ -82,7 +83,11 @@ def diagnose() -> dict[str, Finding]:
     if not blockers:
         return {"forwarding": Finding(True, "no other table drops forwarded packets")}
     family, table, chain = blockers[0]
-    fix = f'nft insert rule {family} {table} {chain} iifname "mis-*" accept'
+    rule = f"nft insert rule {family} {table} {chain}"
+    fix = (
+        f"{rule} iifname '\"mis-*\"' accept; "
+        f"{rule} oifname '\"mis-*\"' ct state established,related accept"
+    )
     detail = f"table {family} {table} drops forwarded packets by default, the agent's too"
     return {"forwarding": Finding(False, detail, fix)}
 
@@ -126,7 +131,7 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
             try:
                 yield link
             finally:
-                _disconnect(link, run_id)
+                _disconnect(link, run_id, _local_rules(plan))
         finally:
             os.close(netns)
     finally:
@@ -135,10 +140,7 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
 
 def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
     """Connect the namespace, in the background: `Link.ifindex` waits for it."""
-    base = index * 4
-    prefix4 = f"10.213.{base >> 8}"
-    gateway4, address4 = f"{prefix4}.{(base & 255) + 1}", f"{prefix4}.{(base & 255) + 2}"
-    gateway6, address6 = f"fd6d:6973:0:{index:x}::1", f"fd6d:6973:0:{index:x}::2"
+    gateway4, address4, gateway6, address6 = shared.addresses(index)
     interface = f"mis-{run_id}"
     inside = [
         f"link add eth0 address {MAC_AGENT} type veth peer name {interface} "
@@ -153,7 +155,6 @@ def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
         f"link set {interface} up",
         f"neigh add {address4} lladdr {MAC_AGENT} dev {interface} nud permanent",
     ]
-    # Routes last: they need our end to be up, which brings theirs up.
     routes = [f"route add default via {gateway4}"]
     if plan.ipv6:
         inside += [
@@ -170,17 +171,19 @@ def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
         sharing = Later(lambda: shared.share(ipv6=plan.ipv6))
         try:
             _within(netns, lambda: _settle(inside + routes, ipv6=plan.ipv6))
+            _distrust(interface, ipv6=plan.ipv6)
             _batch(outside)
-            return socket.if_nametoindex(interface)
+            found = socket.if_nametoindex(interface)
         finally:
             sharing.result()
-            nft.allow_local(interface, _local_rules(plan))
+        nft.allow_local(interface, _local_rules(plan))
+        return found
 
     link_address6 = address6 if plan.ipv6 else None
     return Link(netns, interface, address4, link_address6, Later(connect))
 
 
-def _disconnect(link: Link, run_id: str) -> None:
+def _disconnect(link: Link, run_id: str, local: Sequence[nft.Row]) -> None:
     """Remove our end; the namespace may live on in dying processes, its interface must not.
 
     The address index stays taken until that is done.  The kernel needs tens of milliseconds for an
@@ -192,18 +195,34 @@ def _disconnect(link: Link, run_id: str) -> None:
     with shared.locked():
         if set(shared.indices().values()) == {run_id}:
             shared.unshare()
+        elif link.connected.succeeded:
+            nft.forget_local(link.interface, local)
     removing.result()
 
 
 def _settle(commands: Sequence[str], *, ipv6: bool) -> None:
     """Inside the namespace: no IPv6 unless wanted, never autoconfigured; then ``ip`` commands."""
-    conf = Path("/proc/sys/net/ipv6/conf")
-    if conf.exists():
-        for which in ("all", "default"):
-            (conf / which / "accept_ra").write_text("0")
-            if not ipv6:
-                (conf / which / "disable_ipv6").write_text("1")
+    for which in ("all", "default"):
+        shared.turn(shared.CONF6 / which / "accept_ra", "0")
+        if not ipv6:
+            shared.turn(shared.CONF6 / which / "disable_ipv6", "1")
+    # No link-local address: nothing to solicit with, and none of ours to be reached by.
+    shared.turn(shared.CONF6 / "default" / "addr_gen_mode", "1")
     _batch(commands)
+
+
+def _distrust(interface: str, *, ipv6: bool) -> None:
+    """Our end, before it is up: the agent cannot configure this machine (ip-sysctl.rst).
+
+    XDP drops such packets too; this holds without it.
+    """
+    shared.turn(shared.CONF4 / interface / "accept_redirects", "0")
+    shared.turn(shared.CONF4 / interface / "rp_filter", "1")
+    for switch in ("accept_ra", "accept_redirects"):
+        shared.turn(shared.CONF6 / interface / switch, "0")
+    shared.turn(shared.CONF6 / interface / "addr_gen_mode", "1")
+    if not ipv6:
+        shared.turn(shared.CONF6 / interface / "disable_ipv6", "1")
 
 
 def _namespace() -> int:
@@ -253,12 +272,14 @@ def _run(argv: list[str], text: str = "", *, check: bool = False) -> None:
             f"cannot run {argv[0]}: {error.strerror}", hint="apt-get install iproute2"
         ) from error
     if check and done.returncode:
-        raise SetupError(f"{' '.join(argv)}: {done.stderr.strip()[-300:]}\n{text}".rstrip())
+        raise SetupError(
+            f"{' '.join(argv)}: {done.stderr.strip()[-300:]}\n{text}".rstrip(), hint="mis doctor"
+        )
 
 
-def _local_rules(plan: NetPlan) -> list[tuple[str, str, str, str]]:
-    """(family, protocol, address, ports) of rules that name one of the host's own addresses."""
-    found = []
+def _local_rules(plan: NetPlan) -> list[nft.Row]:
+    """Services of rules that name one of the host's own addresses; overlapping ports as one."""
+    found: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
     for text in plan.allow:
         rule = rules.parse(text)
         if rule.network is None or rule.network.num_addresses != 1:
@@ -266,11 +287,26 @@ def _local_rules(plan: NetPlan) -> list[tuple[str, str, str, str]]:
         address = str(rule.network.network_address)
         if address not in plan.host_addresses:
             continue
-        ports = f"{max(rule.low, 1)}-{rule.high}"
         for bit, protocol in ((rules.TCP, "tcp"), (rules.UDP, "udp")):
             if rule.protocols & bit:
-                found.append((str(rule.network.version), protocol, address, ports))
-    return found
+                service = (str(rule.network.version), protocol, address)
+                found.setdefault(service, []).append((max(rule.low, 1), rule.high))
+    return [
+        (*service, f"{low}-{high}")
+        for service, ranges in found.items()
+        for low, high in _merged(ranges)
+    ]
+
+
+def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Disjoint: an interval set of nftables refuses overlaps."""
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if merged and low <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
+        else:
+            merged.append((low, high))
+    return merged
 
 
 def gc(live: set[str]) -> list[str]:
@@ -278,14 +314,14 @@ def gc(live: set[str]) -> list[str]:
     if not shared.NET.is_dir():
         return []
     removed = []
-    for interface in os.listdir("/sys/class/net"):  # noqa: PTH208 - names only
+    for _, interface in socket.if_nameindex():
         run_id = interface.removeprefix("mis-")
-        if interface.startswith("mis-") and run_id not in live:
+        if run_id != interface and ID.fullmatch(run_id) and run_id not in live:
             _run(["ip", "link", "del", interface])
             removed.append(interface)
     with shared.locked():
         dead = set(shared.indices().values()) - live
         if dead or not shared.indices():
             shared.forget(dead)
-        nft.forget_local({f"mis-{run_id}" for run_id in live})
+        nft.gc({f"mis-{run_id}" for run_id in live})
     return removed + sorted(f"address of {run_id}" for run_id in dead)

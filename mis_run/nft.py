@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mis_run.errors import SetupError
 from mis_run.rules import POOL4, POOL6
@@ -25,10 +25,12 @@ add chain {TABLE} input {{ type filter hook input priority filter; }}
 flush chain {TABLE} postrouting
 flush chain {TABLE} forward
 flush chain {TABLE} input
-add rule {TABLE} postrouting ip saddr {POOL4} masquerade
-add rule {TABLE} postrouting ip6 saddr {POOL6} masquerade
+add rule {TABLE} postrouting iifname "mis-*" ip saddr {POOL4} masquerade
+add rule {TABLE} postrouting iifname "mis-*" ip6 saddr {POOL6} masquerade
 add rule {TABLE} forward iifname "mis-*" oifname "mis-*" drop
-add rule {TABLE} forward iifname "mis-*" accept
+add rule {TABLE} forward iifname "mis-*" ip saddr {POOL4} accept
+add rule {TABLE} forward iifname "mis-*" ip6 saddr {POOL6} accept
+add rule {TABLE} forward iifname "mis-*" drop
 add rule {TABLE} forward oifname "mis-*" ct state established,related accept
 add rule {TABLE} forward oifname "mis-*" drop
 add rule {TABLE} input iifname . meta l4proto . ip daddr . th dport @local4 accept
@@ -36,18 +38,35 @@ add rule {TABLE} input iifname . meta l4proto . ip6 daddr . th dport @local6 acc
 add rule {TABLE} input iifname "mis-*" drop
 """
 
+Row = tuple[str, str, str, str]
+"""A service of the host: ("4" or "6", "tcp" or "udp", address, "LOW-HIGH")."""
 
-def install(*, close4: bool, close6: bool) -> None:
+
+def install(forwarded: Mapping[str, Sequence[str]], known: Sequence[str] = ()) -> list[str]:
     """Make or renew the table, in one transaction.
 
-    ``close4`` and ``close6``: forwarding of that family is on only for us, so what is not an
-    agent's goes on being refused, as before we turned it on.
+    ``forwarded``: the families (``ipv4``, ``ipv6``) that are forwarded only for us, each with the
+    interfaces that forwarded before; what comes in by another is refused, as before.  ``known`` is
+    what the last call returned: while the table is as that left it nothing is done, since replacing
+    rules waits for an RCU grace period (20 to 40 ms).  A firewall's ``flush ruleset`` is noticed.
     """
     text = _BASE
-    for family, close in (("ipv4", close4), ("ipv6", close6)):
-        if close:
-            text += f"add rule {TABLE} forward meta nfproto {family} drop\n"
+    for family, interfaces in sorted(forwarded.items()):
+        others = ", ".join(f'"{name}"' for name in interfaces)
+        match = f"iifname != {{ {others} }} " if others else ""
+        text += f"add rule {TABLE} forward meta nfproto {family} {match}drop\n"
+    if list(known) == [text, _listing()]:
+        return list(known)
     _run(text)
+    return [text, _listing()]
+
+
+def _listing() -> str:
+    """The table without the rows of its sets; empty when there is none."""
+    try:
+        return _nft("-t", "list", "table", *TABLE.split())
+    except SetupError:
+        return ""
 
 
 def remove() -> None:
@@ -55,19 +74,28 @@ def remove() -> None:
     _run(f"add table {TABLE}\ndelete table {TABLE}\n")
 
 
-def allow_local(interface: str, allowed: Sequence[tuple[str, str, str, str]]) -> None:
-    """Let one agent reach services of the host: (family, protocol, address, ports)."""
-    if allowed:
+def allow_local(interface: str, allowed: Sequence[Row]) -> None:
+    """Let one agent reach services of the host."""
+    _rows("add", interface, allowed)
+
+
+def forget_local(interface: str, allowed: Sequence[Row]) -> None:
+    """Take back what `allow_local` gave."""
+    _rows("delete", interface, allowed)
+
+
+def _rows(verb: str, interface: str, rows: Sequence[Row]) -> None:
+    if rows:
         _run(
             "".join(
-                f'add element {TABLE} local{family} {{ "{interface}" . {protocol} . {address} . '
+                f'{verb} element {TABLE} local{family} {{ "{interface}" . {protocol} . {address} . '
                 f"{ports} }}\n"
-                for family, protocol, address, ports in allowed
+                for family, protocol, address, ports in rows
             )
         )
 
 
-def forget_local(live: set[str]) -> None:
+def gc(live: set[str]) -> None:
     """Drop the rows of interfaces that are not ``live``."""
     for name in ("local4", "local6"):
         try:
@@ -104,7 +132,7 @@ def forward_blockers() -> list[tuple[str, str, str]]:
         if (chain := entry.get("chain"))
         and chain.get("hook") == "forward"
         and chain.get("policy") == "drop"
-        and chain["table"] != "mis"
+        and (chain["family"], chain["table"]) != tuple(TABLE.split())
     ]
 
 
@@ -122,5 +150,5 @@ def _nft(*words: str, text: str = "") -> str:
             f"cannot run nft: {error.strerror}", hint="apt-get install nftables"
         ) from error
     if done.returncode:
-        raise SetupError(f"nft {' '.join(words)}: {done.stderr.strip()[-400:]}")
+        raise SetupError(f"nft {' '.join(words)}: {done.stderr.strip()[-400:]}", hint="mis doctor")
     return done.stdout
