@@ -30,11 +30,6 @@ class Later(Generic[T]):
         """Wait without raising, before undoing what the function did."""
         self._thread.join()
 
-    @property
-    def succeeded(self) -> bool:
-        """Whether it has ended without raising."""
-        return bool(self._result)
-
     def result(self) -> T:
         """What the function returned, once it has."""
         self._thread.join()

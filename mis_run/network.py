@@ -131,7 +131,7 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
             try:
                 yield link
             finally:
-                _disconnect(link, run_id, _local_rules(plan))
+                _disconnect(link, run_id, local=bool(_services(plan)))
         finally:
             os.close(netns)
     finally:
@@ -176,14 +176,14 @@ def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
             found = socket.if_nametoindex(interface)
         finally:
             sharing.result()
-        nft.allow_local(interface, _local_rules(plan))
+        nft.allow_local(interface, _services(plan))
         return found
 
     link_address6 = address6 if plan.ipv6 else None
     return Link(netns, interface, address4, link_address6, Later(connect))
 
 
-def _disconnect(link: Link, run_id: str, local: Sequence[nft.Row]) -> None:
+def _disconnect(link: Link, run_id: str, *, local: bool) -> None:
     """Remove our end; the namespace may live on in dying processes, its interface must not.
 
     The address index stays taken until that is done.  The kernel needs tens of milliseconds for an
@@ -195,8 +195,8 @@ def _disconnect(link: Link, run_id: str, local: Sequence[nft.Row]) -> None:
     with shared.locked():
         if set(shared.indices().values()) == {run_id}:
             shared.unshare()
-        elif link.connected.succeeded:
-            nft.forget_local(link.interface, local)
+        elif local:
+            nft.forget_local(link.interface)
     removing.result()
 
 
@@ -277,36 +277,20 @@ def _run(argv: list[str], text: str = "", *, check: bool = False) -> None:
         )
 
 
-def _local_rules(plan: NetPlan) -> list[nft.Row]:
-    """Services of rules that name one of the host's own addresses; overlapping ports as one."""
-    found: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
+def _services(plan: NetPlan) -> list[nft.Service]:
+    """Those of the host that a rule names by the host's own address."""
+    found = []
     for text in plan.allow:
         rule = rules.parse(text)
         if rule.network is None or rule.network.num_addresses != 1:
             continue
         address = str(rule.network.network_address)
-        if address not in plan.host_addresses:
-            continue
-        for bit, protocol in ((rules.TCP, "tcp"), (rules.UDP, "udp")):
-            if rule.protocols & bit:
-                service = (str(rule.network.version), protocol, address)
-                found.setdefault(service, []).append((max(rule.low, 1), rule.high))
-    return [
-        (*service, f"{low}-{high}")
-        for service, ranges in found.items()
-        for low, high in _merged(ranges)
-    ]
-
-
-def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Disjoint: an interval set of nftables refuses overlaps."""
-    merged: list[tuple[int, int]] = []
-    for low, high in sorted(ranges):
-        if merged and low <= merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
-        else:
-            merged.append((low, high))
-    return merged
+        if address in plan.host_addresses:
+            family = "ip" if rule.network.version == 4 else "ip6"
+            for bit, protocol in ((rules.TCP, "tcp"), (rules.UDP, "udp")):
+                if rule.protocols & bit:
+                    found.append((family, protocol, address, f"{max(rule.low, 1)}-{rule.high}"))
+    return found
 
 
 def gc(live: set[str]) -> list[str]:

@@ -1,14 +1,18 @@
 """The one nftables table of all agents, ``inet mis``. No other table is read or changed.
 
 Rules go by interface name (``mis-*``) and by the agents' address pools, so that an agent comes and
-goes without a rule of its own; only host services that a profile allows are rows of a set.
+goes without a rule of its own; only one that may use services of the host has a chain, named as its
+interface.  Not rows of a set: Debian's 6.12 refuses rules by a concatenated set with intervals
+(EOPNOTSUPP), which port ranges would need.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mis_run.errors import SetupError
 from mis_run.rules import POOL4, POOL6
@@ -17,8 +21,7 @@ TABLE = "inet mis"
 
 _BASE = f"""
 add table {TABLE}
-add set {TABLE} local4 {{ type ifname . inet_proto . ipv4_addr . inet_service; flags interval; }}
-add set {TABLE} local6 {{ type ifname . inet_proto . ipv6_addr . inet_service; flags interval; }}
+add map {TABLE} local {{ type ifname : verdict; }}
 add chain {TABLE} postrouting {{ type nat hook postrouting priority srcnat; }}
 add chain {TABLE} forward {{ type filter hook forward priority filter; }}
 add chain {TABLE} input {{ type filter hook input priority filter; }}
@@ -33,13 +36,14 @@ add rule {TABLE} forward iifname "mis-*" ip6 saddr {POOL6} accept
 add rule {TABLE} forward iifname "mis-*" drop
 add rule {TABLE} forward oifname "mis-*" ct state established,related accept
 add rule {TABLE} forward oifname "mis-*" drop
-add rule {TABLE} input iifname . meta l4proto . ip daddr . th dport @local4 accept
-add rule {TABLE} input iifname . meta l4proto . ip6 daddr . th dport @local6 accept
+add rule {TABLE} input iifname vmap @local
 add rule {TABLE} input iifname "mis-*" drop
 """
 
-Row = tuple[str, str, str, str]
-"""A service of the host: ("4" or "6", "tcp" or "udp", address, "LOW-HIGH")."""
+Service = tuple[str, str, str, str]
+"""Of the host: ("ip" or "ip6", "tcp" or "udp", address, "LOW-HIGH")."""
+
+_AGENT = re.compile(r"\tchain mis-[^}]*\}\n\n?")
 
 
 def install(forwarded: Mapping[str, Sequence[str]], known: Sequence[str] = ()) -> list[str]:
@@ -62,9 +66,9 @@ def install(forwarded: Mapping[str, Sequence[str]], known: Sequence[str] = ()) -
 
 
 def _listing() -> str:
-    """The table without the rows of its sets; empty when there is none."""
+    """The table without what belongs to single agents; empty when there is none."""
     try:
-        return _nft("-t", "list", "table", *TABLE.split())
+        return _AGENT.sub("", _nft("-t", "list", "table", *TABLE.split())).rstrip("}\n")
     except SetupError:
         return ""
 
@@ -74,66 +78,52 @@ def remove() -> None:
     _run(f"add table {TABLE}\ndelete table {TABLE}\n")
 
 
-def allow_local(interface: str, allowed: Sequence[Row]) -> None:
+def allow_local(interface: str, services: Sequence[Service]) -> None:
     """Let one agent reach services of the host."""
-    _rows("add", interface, allowed)
+    if services:
+        text = f"add chain {TABLE} {interface}\n"
+        for family, protocol, address, ports in services:
+            match = f"{family} daddr {address} {protocol} dport {ports}"
+            text += f"add rule {TABLE} {interface} {match} accept\n"
+        _run(f"{text}add element {TABLE} local {{ {interface} : jump {interface} }}\n")
 
 
-def forget_local(interface: str, allowed: Sequence[Row]) -> None:
-    """Take back what `allow_local` gave."""
-    _rows("delete", interface, allowed)
-
-
-def _rows(verb: str, interface: str, rows: Sequence[Row]) -> None:
-    if rows:
-        _run(
-            "".join(
-                f'{verb} element {TABLE} local{family} {{ "{interface}" . {protocol} . {address} . '
-                f"{ports} }}\n"
-                for family, protocol, address, ports in rows
-            )
-        )
+def forget_local(interface: str) -> None:
+    """Take back what `allow_local` gave; fine when a firewall has flushed it meanwhile."""
+    element = f"element {TABLE} local {{ {interface} : jump {interface} }}"
+    _run(
+        f"add table {TABLE}\nadd map {TABLE} local {{ type ifname : verdict; }}\n"
+        f"add chain {TABLE} {interface}\nadd {element}\n"
+        f"delete {element}\nflush chain {TABLE} {interface}\ndelete chain {TABLE} {interface}\n"
+    )
 
 
 def gc(live: set[str]) -> None:
-    """Drop the rows of interfaces that are not ``live``."""
-    for name in ("local4", "local6"):
-        try:
-            found = json.loads(_nft("-j", "list", "set", *TABLE.split(), name))
-        except SetupError:
-            return  # no table: no rows
-        for entry in found["nftables"]:
-            for element in entry.get("set", {}).get("elem", ()):
-                parts = element["concat"]
-                if parts[0] not in live:
-                    _run(f"delete element {TABLE} {name} {{ {_text(parts)} }}\n")
-
-
-def _text(parts: Sequence[object]) -> str:
-    shown = []
-    for part in parts:
-        if isinstance(part, dict):  # {"range": [low, high]}
-            low, high = part["range"]
-            shown.append(f"{low}-{high}")
-        else:
-            shown.append(f'"{part}"' if str(part).startswith("mis-") else str(part))
-    return " . ".join(shown)
+    """Forget interfaces that are not ``live``."""
+    for family, table, chain, _ in _chains():
+        if f"{family} {table}" == TABLE and chain.startswith("mis-") and chain not in live:
+            forget_local(chain)
 
 
 def forward_blockers() -> list[tuple[str, str, str]]:
     """(family, table, chain) of other tables' forward chains that drop by default."""
+    return [
+        (family, table, chain)
+        for family, table, chain, facts in _chains()
+        if facts.get("hook") == "forward"
+        and facts.get("policy") == "drop"
+        and f"{family} {table}" != TABLE
+    ]
+
+
+def _chains() -> list[tuple[str, str, str, Mapping[str, Any]]]:
+    """(family, table, name, everything else) of every chain of the machine."""
     try:
-        found = json.loads(_nft("-j", "list", "chains"))
+        found = json.loads(_nft("-j", "list", "chains"))["nftables"]
     except SetupError:
         return []
-    return [
-        (chain["family"], chain["table"], chain["name"])
-        for entry in found["nftables"]
-        if (chain := entry.get("chain"))
-        and chain.get("hook") == "forward"
-        and chain.get("policy") == "drop"
-        and (chain["family"], chain["table"]) != tuple(TABLE.split())
-    ]
+    chains = (entry["chain"] for entry in found if "chain" in entry)
+    return [(chain["family"], chain["table"], chain["name"], chain) for chain in chains]
 
 
 def _run(text: str) -> None:

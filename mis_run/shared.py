@@ -154,6 +154,7 @@ def unshare() -> None:
                 turn(Path(path), value)
         nft.remove()
         (NET / "record").unlink()
+    (NET / "record.part").unlink(missing_ok=True)  # of a launcher killed halfway
 
 
 def _recorded() -> dict[str, Any]:
