@@ -9,16 +9,15 @@ from __future__ import annotations
 import ipaddress
 import selectors
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from mis_run import namespace
 from mis_run.errors import SetupError
-from mis_run.linux import libc
 
 MOST_CLIENTS = 32  # TCP connections at once
 CLIENT_TIME = 5.0  # seconds from a connection to its question
@@ -228,25 +227,19 @@ def _send_and_close(sock: socket.socket, answer: bytes) -> None:
 
 def sockets(netns: int) -> list[socket.socket]:
     """UDP and TCP sockets on port 53 of a namespace's loopback. Raises SetupError."""
-    made: list[socket.socket] = []
-    failed: list[OSError] = []
 
-    def body() -> None:
-        try:
-            libc.setns(netns, libc.CLONE_NEWNET)
+    def make() -> list[socket.socket]:
+        with ExitStack() as stack:
+            made = []
             for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
-                sock = socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC)
-                made.append(sock)
+                sock = stack.enter_context(socket.socket(socket.AF_INET, kind))
                 sock.bind(("127.0.0.1", 53))
+                made.append(sock)
             made[1].listen(16)
-        except OSError as error:
-            failed.append(error)
+            stack.pop_all()
+        return made
 
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join()
-    if failed:
-        for sock in made:
-            sock.close()
-        raise SetupError(f"cannot make the agent's resolver: {failed[0].strerror}") from failed[0]
-    return made
+    try:
+        return namespace.within(netns, make)
+    except OSError as error:
+        raise SetupError(f"cannot make the agent's resolver: {error.strerror}") from error

@@ -3,7 +3,8 @@
 A thread of the supervisor answers the agent's questions for what a rule names and nothing else, and
 keeps those answers fresh.  The BPF table is updated before an answer leaves, so an address the
 agent learns is already allowed; an address that left an answer stays allowed for a grace, for
-connections that still use it.  The sockets are in `asked`, the upstream questions in `resolve`.
+connections that still use it.  The sockets are in `asked`, the upstream questions in `resolve`,
+what an answer means for a name in `known`.
 
 A name can never make the host reachable: `rules.compile` ignores addresses inside denied prefixes,
 and they are left out of the answers too (DNS rebinding), unless a rule names the address itself.
@@ -18,55 +19,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 
 from mis_run import asked, rules
 from mis_run.errors import MisError
 from mis_run.events import Event, Guarantee, Verdict
+from mis_run.known import Name
 from mis_run.model import NetMode, NetPlan
-from mis_run.resolve import TTL_CEILING, TTL_FLOOR, resolve, upstream
+from mis_run.resolve import resolve, upstream
 
-GRACE = 60.0  # seconds an address stays allowed after it left the answer, at least
-RETRY, RETRY_MOST = 5.0, 300.0  # seconds until a failed name is tried again, doubling
-RETRY_ASKED = 1.0  # the same while the agent asks for it
+RETRY_ASKED = 1.0  # seconds until a failed name is tried again while the agent asks for it
 PATIENCE = 4.0  # seconds an agent's question waits for a name that is being resolved
 MOST_WAITING = 64
-MOST_ADDRESSES = 64  # of one name, and as many that left; BPF's table has 4096 entries
 MOST_UNLISTED = 256  # names that no rule has, in audit mode
 
 Resolved = dict[str, tuple[str, ...]]
-
-
-@dataclass
-class _Name:
-    """One allowed name: what it resolves to and until when.
-
-    It is resolved, and kept fresh, from the agent's first question on: a profile may name a dozen
-    registries that a run never uses.
-    """
-
-    wanted: bool = False
-    addresses: tuple[str, ...] = ()
-    expires: float = 0.0
-    known: bool = False  # resolved at least once
-    failures: int = 0  # since the last answer
-    leaving: dict[str, float] = field(default_factory=dict)  # address → allowed until
-    waiting: list[tuple[float, asked.Question]] = field(default_factory=list)  # until when
-    listed: bool = True  # in a rule
-
-    def learn(self, found: tuple[str, ...], ttl: float) -> None:
-        now = time.monotonic()
-        for address in set(self.addresses) - set(found):
-            self.leaving[address] = now + max(ttl, GRACE)
-        latest = sorted(self.leaving.items(), key=lambda item: item[1])[-MOST_ADDRESSES:]
-        self.leaving = {address: until for address, until in latest if address not in found}
-        self.addresses, self.known, self.failures = found, True, 0
-        self.expires = now + min(max(ttl, TTL_FLOOR), TTL_CEILING)
-
-    def fail(self) -> None:
-        """The last addresses stay: better than none while no server answers."""
-        self.expires = time.monotonic() + min(RETRY * 2**self.failures, RETRY_MOST)
-        self.failures = min(self.failures + 1, 16)
 
 
 class Names:
@@ -85,7 +51,7 @@ class Names:
         enforce: bool = True,
     ) -> None:
         # Without sockets the agent asks somebody else, so every name is wanted from the start.
-        self._names = {name: _Name(wanted=not sockets) for name in names}
+        self._names = {name: Name(wanted=not sockets) for name in names}
         self._resolvers = list(resolvers)
         self._is_denied = is_denied
         self._ipv6 = ipv6
@@ -162,16 +128,16 @@ class Names:
                     self._tell(text, "no server answered")
                 name.fail()
             elif self._learn(text, name, found, ttl):
-                self._reply_waiting(name)
+                name.reply_waiting()
 
-    def _learn(self, text: str, name: _Name, found: tuple[str, ...], ttl: float) -> bool:
+    def _learn(self, text: str, name: Name, found: tuple[str, ...], ttl: float) -> bool:
         """Take an answer over, into the BPF table first; False when that refuses it."""
         good = tuple(address for address in found if not self._is_denied(address))
         for address in found:
             if address not in good and address not in name.addresses:
                 self._tell(text, "a name may not point there", address)
         before = (name.addresses, dict(name.leaving), name.known)
-        name.learn((good if self._enforce else found)[:MOST_ADDRESSES], ttl)
+        name.learn(good if self._enforce else found, ttl)
         try:
             self._publish()
         except (MisError, OSError) as error:
@@ -192,16 +158,8 @@ class Names:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        changed = False
-        for name in self._names.values():
-            stay = {address: until for address, until in name.leaving.items() if until > now}
-            changed = changed or len(stay) < len(name.leaving)
-            name.leaving = stay
-            late = [question for until, question in name.waiting if until <= now]
-            name.waiting = [one for one in name.waiting if one[0] > now]
-            for question in late:
-                question.answer(rcode="SERVFAIL")
-        if changed:
+        left = [name.expire(now) for name in self._names.values()]
+        if any(left):
             try:
                 self._publish()
             except (MisError, OSError) as error:
@@ -224,10 +182,10 @@ class Names:
                 question.answer(rcode="REFUSED")
                 return
         if name is None:
-            name = self._names[text] = _Name(listed=False)
+            name = self._names[text] = Name(listed=False)
         if name.known:
             name.wanted = True
-            self._reply(question, name)
+            name.reply(question)
         elif sum(len(one.waiting) for one in self._names.values()) < MOST_WAITING:
             if name.wanted:
                 name.expires = min(name.expires, time.monotonic() + RETRY_ASKED)
@@ -235,15 +193,6 @@ class Names:
             name.waiting.append((time.monotonic() + PATIENCE, question))
         else:
             question.answer(rcode="SERVFAIL")
-
-    def _reply(self, question: asked.Question, name: _Name) -> None:
-        left = max(1, int(name.expires - time.monotonic()))
-        question.answer(name.addresses, left)
-
-    def _reply_waiting(self, name: _Name) -> None:
-        waiting, name.waiting = name.waiting, []
-        for _, question in waiting:
-            self._reply(question, name)
 
     def _tells_nothing(self, text: str) -> bool:
         """Whether this asks backwards for an address that the agent may have anyway.

@@ -7,21 +7,18 @@ of one nftables table, which `gc` removes.  docs/decisions/network-plumbing.md a
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import socket
-import struct
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mis_run import nft, rules, shared
+from mis_run import namespace, nft, rules, shared
 from mis_run.errors import SetupError
 from mis_run.later import Later
-from mis_run.linux import libc
 from mis_run.model import Finding, NetMode, NetPlan
 from mis_run.state import ID
 
@@ -52,7 +49,7 @@ def supported() -> dict[str, Finding]:
     """``netns``, ``nftables``, ``ipv6``: a namespace is really made, a netlink socket opened."""
     found = {"ipv6": _ipv6()}
     try:
-        os.close(_namespace())
+        os.close(namespace.make())
         found["netns"] = Finding(True, "a network namespace can be made")
     except (OSError, SetupError) as error:
         fix = "inside a container, mis-run needs --privileged or CAP_SYS_ADMIN"
@@ -117,7 +114,7 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
         yield None
         return
     if plan.mode is NetMode.NONE:
-        netns = _namespace()
+        netns = namespace.make()
         try:
             yield Link(netns)
         finally:
@@ -125,7 +122,7 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
         return
     index = shared.claim(run_id)
     try:
-        netns = _namespace()
+        netns = namespace.make()
         try:
             link = _connect(plan, run_id, index, netns)
             try:
@@ -170,7 +167,7 @@ def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
     def connect() -> int:
         sharing = Later(lambda: shared.share(ipv6=plan.ipv6))
         try:
-            _within(netns, lambda: _settle(inside + routes, ipv6=plan.ipv6))
+            namespace.within(netns, lambda: _settle(inside + routes, ipv6=plan.ipv6))
             _distrust(interface, ipv6=plan.ipv6)
             _batch(outside)
             found = socket.if_nametoindex(interface)
@@ -223,40 +220,6 @@ def _distrust(interface: str, *, ipv6: bool) -> None:
     shared.turn(shared.CONF6 / interface / "addr_gen_mode", "1")
     if not ipv6:
         shared.turn(shared.CONF6 / interface / "disable_ipv6", "1")
-
-
-def _namespace() -> int:
-    """A new network namespace with loopback up; its descriptor.
-
-    Made by a thread that never comes back to our namespace: unshare(2) and setns(2) concern the
-    calling thread alone, so the rest of the process does not move.
-    """
-
-    def make() -> int:
-        libc.unshare(libc.CLONE_NEWNET)
-        _loopback_up()
-        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-
-    try:
-        return Later(make).result()
-    except OSError as error:
-        raise SetupError(f"cannot make a network namespace: {error}", hint="mis doctor") from error
-
-
-def _within(netns: int, function: Callable[[], None]) -> None:
-    """Run ``function``, and the processes it starts, inside a network namespace."""
-
-    def enter() -> None:
-        libc.setns(netns, libc.CLONE_NEWNET)
-        function()
-
-    Later(enter).result()
-
-
-def _loopback_up() -> None:
-    """SIOCSIFFLAGS IFF_UP on lo, netdevice(7)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))
 
 
 def _batch(commands: Sequence[str]) -> None:

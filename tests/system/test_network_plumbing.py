@@ -25,9 +25,8 @@ from typing import Any
 
 import pytest
 
-from mis_run import network, nft, shared
+from mis_run import namespace, network, nft, shared
 from mis_run.errors import SetupError
-from mis_run.later import Later
 from mis_run.linux import libc
 from mis_run.model import NetMode, NetPlan
 
@@ -49,7 +48,7 @@ def on_a_machine(test: Callable[[], None]) -> Callable[[Path], None]:
             try:
                 signal.alarm(60)
                 libc.unshare(libc.CLONE_NEWNET)
-                network._loopback_up()
+                namespace.loopback_up()
                 shared.NET = tmp_path / "net"
                 write("ipv4/ip_forward", "0")  # a new namespace inherits the machine's
                 test()
@@ -89,14 +88,6 @@ def agent(a_plan: NetPlan, name: str = "") -> Iterator[network.Link]:
         yield link
 
 
-def within(netns: int, function: Callable[[], Any]) -> Any:
-    def enter() -> Any:
-        libc.setns(netns, libc.CLONE_NEWNET)
-        return function()
-
-    return Later(enter).result()
-
-
 def sh(text: str, netns: int | None = None) -> str:
     """Run commands, one a line, perhaps inside a namespace; their output."""
 
@@ -107,7 +98,7 @@ def sh(text: str, netns: int | None = None) -> str:
         assert done.returncode == 0, f"{text}: {done.stderr}"
         return done.stdout
 
-    return str(within(netns, run)) if netns is not None else run()
+    return namespace.within(netns, run) if netns is not None else run()
 
 
 def serve(netns: int | None, port: int = PORT, address: str = "::") -> None:
@@ -123,7 +114,7 @@ def serve(netns: int | None, port: int = PORT, address: str = "::") -> None:
         made[0].listen(64)
         return made
 
-    stream, dgram = within(netns, make) if netns is not None else make()
+    stream, dgram = namespace.within(netns, make) if netns is not None else make()
 
     def streams() -> None:
         while True:
@@ -154,14 +145,13 @@ def ask(netns: int, address: str, *, port: int = PORT, udp: bool = False) -> str
             return sock.recv(100).decode().removeprefix("::ffff:")
         return None
 
-    found = within(netns, client)
-    return None if found is None else str(found)
+    return namespace.within(netns, client)
 
 
 @contextmanager
 def elsewhere() -> Iterator[int]:
     """A second host, reached through this machine; it has no route to the agents' addresses."""
-    netns = network._namespace()
+    netns = namespace.make()
     try:
         sh(
             f"""ip link add out0 type veth peer name eth0 netns /proc/{os.getpid()}/fd/{netns}
@@ -324,9 +314,9 @@ def test_a_foreign_source_address_goes_nowhere() -> None:
             return False
 
         sh(f"ip neigh add 198.18.6.9 lladdr {network.MAC_AGENT} dev {link.interface}")
-        assert within(link.netns, client) is False
+        assert namespace.within(link.netns, client) is False
         sh("nft flush chain inet mis forward")
-        assert within(link.netns, client) is True
+        assert namespace.within(link.netns, client) is True
 
 
 @on_a_machine
@@ -380,7 +370,7 @@ def test_a_machine_that_forwards_goes_on_forwarding() -> None:
 @on_a_machine
 def test_this_machine_is_no_router_for_others() -> None:
     """Forwarding on for agents only: others are refused, but for an interface that forwarded."""
-    third = network._namespace()
+    third = namespace.make()
     with elsewhere() as there:
         sh(
             f"""ip link add lan0 type veth peer name eth0 netns /proc/{os.getpid()}/fd/{third}
