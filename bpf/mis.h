@@ -6,7 +6,7 @@
 #ifndef MIS_H
 #define MIS_H
 
-#define MIS_PORTS 16 /* rules.MOST_PORTS */
+#define MIS_PORTS 16 /* table.MOST_PORTS */
 
 /* Bits of mis_port.protocols. */
 #define MIS_TCP 1

@@ -6,7 +6,7 @@ agent learns is already allowed; an address that left an answer stays allowed fo
 connections that still use it.  The sockets are in `asked`, the upstream questions in `resolve`,
 what an answer means for a name in `known`.
 
-A name can never make the host reachable: `rules.compile` ignores addresses inside denied prefixes,
+A name can never make the host reachable: `table.compile` ignores addresses inside denied prefixes,
 and they are left out of the answers too (DNS rebinding), unless a rule names the address itself.
 """
 
@@ -17,10 +17,10 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from mis_run import asked, rules
+from mis_run import asked, rules, table
 from mis_run.errors import MisError
 from mis_run.events import Event, Guarantee, Verdict
 from mis_run.known import Name
@@ -226,26 +226,6 @@ class Names:
         self._on_event(Event(kind="net.unresolved", guard=Guarantee.NET, subject=subject))
 
 
-def denier(plan_rules: Sequence[str], own_addresses: Iterable[str]) -> Callable[[str], bool]:
-    """Whether a name may not point to an address.
-
-    Denied by themselves are the host, loopback, link-local, other agents and the canaries, unless a
-    rule names the address at least as exactly; the name then opens no port that the rule does not.
-    """
-    prefixes = {**rules.SPECIAL, **rules.CANARIES, **dict.fromkeys(own_addresses, "")}
-    denied = [rules.key(ipaddress.ip_network(prefix)) for prefix in prefixes]
-    parsed = (rules.parse(text).network for text in plan_rules)
-    allowed = [rules.key(network) for network in parsed if network is not None]
-
-    def is_denied(address: str) -> bool:
-        place = rules.key(ipaddress.ip_network(address))
-        above = max((prefix[0] for prefix in denied if rules.covers(prefix, place)), default=-1)
-        named = max((prefix[0] for prefix in allowed if rules.covers(prefix, place)), default=-1)
-        return above > named
-
-    return is_denied
-
-
 @contextmanager
 def serve_plan(
     plan: NetPlan,
@@ -270,7 +250,7 @@ def serve_plan(
         wanted,
         sockets=asked.sockets(netns) if netns is not None else (),
         resolvers=resolvers,
-        is_denied=denier(plan.allow, plan.host_addresses),
+        is_denied=table.denier(map(rules.parse, plan.allow), plan.host_addresses),
         ipv6=plan.ipv6 or plan.mode is NetMode.HOST,
         on_change=on_change,
         on_event=on_event,

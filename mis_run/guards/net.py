@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mis_run import rules
+from mis_run import rules, table
 from mis_run.build import built
 from mis_run.errors import VerifyError
 from mis_run.events import Event, Guarantee, Verdict
@@ -145,19 +145,19 @@ class NetGuard:
     def update(self, resolved: Mapping[str, tuple[str, ...]]) -> None:
         """Judge by these addresses of names from now on; what stays allowed is never denied."""
         self._resolved = resolved
-        table = rules.compile(
+        compiled = table.compile(
             self._parsed,
             resolved=resolved,
             own_addresses=self._plan.host_addresses,
             own_loopback=self._plan.mode is not NetMode.HOST,
         )
-        self._texts = (*table.texts, RAISED)
+        self._texts = (*compiled.texts, RAISED)
         self._configure()
-        for place, entry in table.entries.items():
+        for place, entry in compiled.entries.items():
             self._maps["rules"].update(KEY.pack(*place), _entry(entry))
-        for place in self._installed - set(table.entries):
+        for place in self._installed - set(compiled.entries):
             self._maps["rules"].delete(KEY.pack(*place))
-        self._installed = set(table.entries)
+        self._installed = set(compiled.entries)
 
     def close_new(self, closed: bool) -> None:
         """DEFCON: whether only destinations that were used before are still allowed."""
@@ -166,8 +166,8 @@ class NetGuard:
 
     def _install_listen(self) -> None:
         # Nothing but the canaries is denied by itself: an address to listen on is the agent's own.
-        table = rules.compile(self._listen, special={})
-        for place, entry in table.entries.items():
+        compiled = table.compile(self._listen, special={})
+        for place, entry in compiled.entries.items():
             self._maps["listen"].update(KEY.pack(*place), _entry(entry))
 
     def _configure(self) -> None:
@@ -369,10 +369,10 @@ class NetGuard:
 _NO_IPV6 = 97  # EAFNOSUPPORT
 
 
-def _entry(entry: rules.Entry) -> bytes:
+def _entry(entry: table.Entry) -> bytes:
     ports = b"".join(PORT.pack(p.low, p.high, p.protocols, p.rule) for p in entry.ports)
     return ENTRY.pack(len(entry.ports), entry.reason) + ports.ljust(
-        PORT.size * rules.MOST_PORTS, b"\0"
+        PORT.size * table.MOST_PORTS, b"\0"
     )
 
 
