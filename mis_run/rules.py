@@ -15,6 +15,11 @@ TCP, UDP = 1, 2  # bits of Port.protocols, as in bpf/mis.h
 CANARY4, CANARY6 = "192.0.0.8", "100::1"
 """Never allowed: the IPv4 dummy address (RFC 7600) and the discard prefix (RFC 6666)."""
 
+CANARY_OUT, CANARY_IN = "127.192.0.8", "127.192.0.9"
+"""Never allowed either: for hooks that see packets, which only a local address makes travel."""
+
+CANARIES = (CANARY4, CANARY6, CANARY_OUT, CANARY_IN)
+
 POOL4, POOL6 = "10.213.0.0/16", "fd6d:6973::/32"
 """The agents' own addresses (`network`)."""
 
@@ -62,7 +67,7 @@ def parse(text: str) -> Rule:
         return Rule(text, ipaddress.ip_network("::/0"), None, low, high, protocols)
     network = _network(host)
     if network is not None:
-        for canary in (CANARY4, CANARY6):
+        for canary in CANARIES:
             if network.prefixlen == network.max_prefixlen and host == canary:
                 raise UsageError(f"network rule {text!r}: {canary} is the canary, always denied")
         return Rule(text, network, None, low, high, protocols)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from mis_run.errors import UsageError
-from mis_run.rules import CANARY4, CANARY6, IPV4, POOL4, POOL6, TCP, UDP, Place, Rule, covers, key
+from mis_run.rules import CANARIES, IPV4, POOL4, POOL6, TCP, UDP, Place, Rule, covers, key
 
 T = TypeVar("T")
 MOST_PORTS = 16  # ports of one entry, MIS_PORTS in bpf/mis.h
@@ -41,8 +41,6 @@ SPECIAL = {
 }
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 """Where an IPv6-only network finds IPv4 (RFC 6052): only the denied part of it is denied."""
-
-CANARIES = {f"{CANARY4}/32": "canary", f"{CANARY6}/128": "canary"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ def denied(own_addresses: Iterable[str], special: Mapping[str, str] = SPECIAL) -
             through = int(NAT64.network_address) + int(network.network_address)
             length = NAT64.prefixlen + network.prefixlen
             found[length, through.to_bytes(16, "big")] = f"{reason}, by NAT64"
-    return found | {key(ipaddress.ip_network(text)): why for text, why in CANARIES.items()}
+    return found | {key(ipaddress.ip_network(address)): "canary" for address in CANARIES}
 
 
 def compile(
@@ -139,7 +137,7 @@ def compile(
             allowed.append((key(ipaddress.ip_network(prefix)), everything))
     default = len(texts)
     texts.append("default")
-    canaries = {key(ipaddress.ip_network(prefix)) for prefix in CANARIES}
+    canaries = {key(ipaddress.ip_network(address)) for address in CANARIES}
     granted = Prefixes(allowed)
     entries = {}
     for place in {IPV4, *reasons, *(place for place, _ in allowed)}:

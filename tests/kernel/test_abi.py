@@ -11,7 +11,7 @@ import pytest
 
 from mis_run import table
 from mis_run.build import BUILT
-from mis_run.guards import net
+from mis_run.guards import net_layout as net
 
 LAYOUTS = {
     "mis_key": net.KEY,
