@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mis_run import rules, table
 from mis_run.build import built
-from mis_run.events import Event
+from mis_run.events import Event, Guarantee
 from mis_run.guards import net_events, net_layout, net_trials
 from mis_run.guards.net_layout import CALLS, COUNTER, HOOKS, KEY
 from mis_run.linux import libbpf, libc
@@ -93,6 +93,7 @@ class NetGuard:
         self._installed: dict[rules.Place, table.Entry] = {}  # always what the map has
         self._texts: tuple[str, ...] = ()
         self._base = (0,) * len(fields(Counts))
+        self._told_lost = 0
         self.canary_pid = 0  # the process that tries forbidden acts for us
         self.xdp_mode = ""
         self._install_listen()
@@ -165,12 +166,21 @@ class NetGuard:
 
     def read(self) -> list[Event]:
         """The oldest BATCH events, without those of our own canaries; the others stay for later."""
-        return [event for sample in self._ring.drain(BATCH) if (event := self._event(sample))]
+        samples = self._ring.drain(BATCH)
+        events = [event for sample in samples if (event := self._event(sample))]
+        return events + self._lost() if len(samples) == BATCH else events
 
     def rest(self) -> Iterator[Event]:
         """Every event there is. Only for an agent that has ended: one that lives makes more."""
         while samples := self._ring.drain(BATCH):
             yield from (event for sample in samples if (event := self._event(sample)))
+        yield from self._lost()
+
+    def _lost(self) -> list[Event]:
+        """How many events found the ring buffer full since this was last asked."""
+        lost = self.counts().events_lost - self._told_lost
+        self._told_lost += lost
+        return [Event(kind="net.lost", guard=Guarantee.NET, subject={"events": lost})] * bool(lost)
 
     def _event(self, sample: bytes) -> Event | None:
         return net_events.read(sample, self._texts, self.canary_pid)

@@ -507,6 +507,25 @@ def test_a_flood_of_events_is_read_in_turns(group: Path) -> None:
         assert guard.counts().events_lost == 0
 
 
+def test_lost_events_are_told(group: Path) -> None:
+    """What found the ring buffer full is told as a number: read and lost are all there were."""
+    count = 5000
+
+    def flood() -> None:
+        with socket.socket(INET, UDP) as sock:
+            for _ in range(count):
+                with suppress(PermissionError):
+                    sock.sendto(b"x", ("127.0.0.1", OTHER))
+
+    with net.attach(group, net.load(plan(), enforce=True)) as guard:
+        assert inside(group, flood) == 0
+        events = [*guard.read(), *guard.rest()]
+        lost = sum(event.subject["events"] for event in events if event.kind == "net.lost")
+        assert lost == guard.counts().events_lost > 0
+        assert len([event for event in events if event.kind == "net.send"]) + lost == count
+        assert list(guard.rest()) == []
+
+
 @given(st.binary(max_size=200))
 def test_malformed_events_never_raise(raw: bytes) -> None:
     """Any bytes from the ring buffer give an event or nothing."""
