@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from mis_run.cgroup import Cgroup
 from mis_run.defcon import Change, Tracker
-from mis_run.errors import Emergency, GuardLost, TimedOut, UsageError
+from mis_run.errors import Emergency, GuardLost, SetupError, TimedOut, UsageError, VerifyError
 from mis_run.events import Event, Guarantee
 from mis_run.jsonable import plain
 from mis_run.model import Plan
@@ -41,6 +41,9 @@ class Guard(Protocol):
 
     def verify(self, probe: Callable[[str], int]) -> None:
         """Have a forbidden act tried and see it denied and counted. Raises VerifyError."""
+
+    def beat(self, probe: Callable[[str], int]) -> None:
+        """`verify` with one cheap act, again and again while the agent runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ class Follower:
         self.started = time.monotonic()
         self._forced: Ending | None = None  # why we killed it, known before it is dead
         self._interrupts = 0
+        self._proving = False
+        self.canaries = 0  # rounds in which every guard was seen to work
         self._mail: list[Event] = []
         self._mailbox, self._doorbell = socket.socketpair()
         self._mailbox.setblocking(False)
@@ -99,6 +104,28 @@ class Follower:
         self.emit(self.cgroup.poll_events())
         self._changed(self.tracker.tick())
 
+    def _prove(self) -> None:
+        """Try every guard end to end: what must be refused inside is tried inside.
+
+        The container's init answers when it gets CPU; meanwhile the loop turns inside `Box.probe`
+        as always, and the next beats are only noted as late.
+        """
+        if self._proving or self.ending is not None:
+            self.record.write(Event(kind="canary.late", guard=Guarantee.LIVENESS))
+            return
+        self._proving = True
+        try:
+            for guard in self.guards.values():
+                guard.beat(self.box.probe)
+            self.canaries += 1
+        except VerifyError as error:
+            self.record.write(Event(kind="canary.lost", subject={"why": error.message}))
+            self.kill(Ending(f"killed: {error.message}", GuardLost.exit_code))
+        except SetupError:
+            pass  # the agent ended meanwhile, which `_from_shim` tells
+        finally:
+            self._proving = False
+
     def _serve(self, guard: Guard) -> None:
         self.emit(guard.read())
 
@@ -110,6 +137,7 @@ class Follower:
         self.loop.add(self.box.fileno(), self._from_shim)
         self.loop.add(self.box.pidfd, self._gone)
         self.loop.every(LIMITS_EVERY, self._look)
+        self.loop.every(self.plan.profile.liveness.canary, self._prove)
         if timeout := self.plan.limits.timeout:
             self.loop.after(timeout, self._timed_out)
         self._from_shim()  # a short agent has ended before we looked
@@ -256,6 +284,7 @@ class Follower:
             "usage": plain(self.cgroup.usage()),
             "violations": self.record.violations,
             "level": self.tracker.level,
+            "canaries": self.canaries,
         }
         if self.counters is not None:
             facts["counters"] = plain(self.counters.read())

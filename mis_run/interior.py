@@ -36,17 +36,18 @@ def etc(plan: Plan) -> dict[str, str]:
 
 
 def describe(
-    plan: Plan, folder: Path, root: Path, link: Link | None, group: Cgroup
+    plan: Plan, folder: Path, root: rootfs.Root, link: Link | None, group: Cgroup
 ) -> bundle.Inside:
     """Everything `bundle.config` needs beside the plan. ``folder`` is the run's own."""
     info = folder / "info"
     info.mkdir(mode=0o755)
     (info / "init").touch()
+    (info / "canary").touch(mode=0o555)
     workspace = plan.cwd.stat()
     notified = plan.uses("seccomp-notify")
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     return bundle.Inside(
-        root=root,
+        root=root.path,
         netns=link.path if link else None,
         cgroups_path=group.oci_path,
         shim=built("mis-init"),

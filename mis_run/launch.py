@@ -28,7 +28,7 @@ from mis_run import (
 )
 from mis_run.errors import MisError
 from mis_run.events import Event
-from mis_run.guards import counters, escape, net
+from mis_run.guards import counters, escape, file, file_policy, net
 from mis_run.later import Later
 from mis_run.linux import memfd
 from mis_run.model import Plan
@@ -152,6 +152,19 @@ def _launch(
                     effects=lambda: tracker.effects,
                 )
             )
+        held = [box.lifeline.fileno()]  # what must stay open until the agent is gone
+        if plan.uses("fanotify"):
+            guards["file"] = files = on(
+                file.attach(
+                    box.pid,
+                    file_policy.build(plan, root),
+                    (run_dir.path / "info/canary").stat(),
+                    enforce=enforce,
+                    delay=tracker.delay,
+                    effects=lambda: tracker.effects,
+                )
+            )
+            held.append(files.group)
         counted = on(counters.attach(group.unified, settings.counters, later=True))
         steps.done("guards")
         box.start()
@@ -167,13 +180,14 @@ def _launch(
             counters=counted,
         )
         follower.watch()
+        box.hold(*held[1:])
         for one in guards.values():
             one.verify(box.probe)
         if link and link.interface:
             guard.verify_xdp(link.netns)
         counted.ready()
         steps.done("verified")
-        dog.watching(box.lifeline)
+        dog.watching(*held)
         steps.done("watched")
         netns = link.netns if link else None
         on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon, enforce=enforce))

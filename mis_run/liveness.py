@@ -35,12 +35,13 @@ class Watchdog:
         self._settings = settings
         self._word = word
 
-    def watching(self, lifeline: socket.socket) -> None:
-        """Wait until it watches, and give it a copy of the lifeline to hold. Raises SetupError."""
+    def watching(self, *held: int) -> None:
+        """Wait until it watches, and give it copies of the descriptors that must not be closed
+        before the agent is gone: the lifeline, the file guard's group. Raises SetupError."""
         with os.fdopen(self._word, "rb") as word:
             if word.read() != b"watching\n":
                 raise SetupError("the watchdog did not start", hint="mis doctor")
-        socket.send_fds(self._beats, [b"hold"], [lifeline.fileno()])
+        socket.send_fds(self._beats, [b"hold"], list(held))
 
     def start(self, lost: Callable[[], None], heard: Callable[[str], None]) -> None:
         """Beat from now on. ``heard`` gets ``late`` and ``recovered``."""

@@ -228,6 +228,11 @@ class NetGuard:
         net_trials.packets(probe, self.hook_counts, self._canaries_pass)
         self._forget_trials()
 
+    def beat(self, probe: net_trials.Probe) -> None:
+        """One forbidden connection of the container's init, as heartbeat. Raises VerifyError."""
+        denied = self._base[1] + net_trials.beat(probe, self.hook_counts, enforce=self._enforce)
+        self._base = (self._base[0], denied, *self._base[2:])  # it was ours, not the agent's
+
     def verify_xdp(self, netns: int) -> None:
         """Frames sent in the agent's namespace: dropped *and* counted. Raises VerifyError."""
         net_trials.frames(netns, self._sources, self.hook_counts)

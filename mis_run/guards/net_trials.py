@@ -46,6 +46,23 @@ def calls(probe: Probe, counters: Counters) -> None:
             raise VerifyError(f"network guard {hook}: the refusal was not counted")
 
 
+def beat(probe: Probe, counters: Counters, *, enforce: bool) -> int:
+    """One forbidden connection while the agent runs; how many refusals that made.
+
+    0 when the init met something else, as without memory. Raises VerifyError.
+    """
+    before = counters()["connect4"]
+    error = probe(CALLS["connect4"])
+    if error == 0 and enforce:
+        raise VerifyError("network guard connect4: a forbidden connection was not refused")
+    if error not in (0, errno.EPERM):
+        return 0
+    after = counters()["connect4"]
+    if after["denied"] + after["audited"] == before["denied"] + before["audited"]:
+        raise VerifyError("network guard connect4: the refusal was not counted")
+    return 1
+
+
 def sockets(probe: Probe, counters: Counters, *, enforce: bool) -> None:
     """A socket that is neither TCP nor UDP. Raises VerifyError."""
     before = counters()["sock_create"]

@@ -280,6 +280,26 @@ def test_verify_counts_both_families(liar: str, group: Path) -> None:
         guard.verify(probe)
 
 
+@pytest.mark.parametrize("enforce", [True, False])
+def test_the_heartbeat(enforce: bool, group: Path) -> None:
+    """A beat is refused, and is not the agent's; without the program it fails."""
+    guard = net.load(plan("*"), enforce=enforce)
+
+    def probe(act: str) -> int:
+        return try_act(group, act)
+
+    if enforce:
+        with pytest.raises(VerifyError):
+            guard.beat(probe)
+    with pytest.raises(VerifyError, match="not counted"):
+        guard.beat(lambda act: EPERM)
+    with net.attach(group, guard):
+        guard.beat(probe)
+        guard.beat(lambda act: EINVAL)  # not the guard's word: proves nothing, breaks nothing
+        assert guard.counts().denied == 0
+        assert guard.read() == []
+
+
 # ---- what the system calls' hooks do not see --------------------------------------------------
 
 LSRR = bytes([131, 7, 4]) + socket.inet_aton("127.0.0.9") + b"\0"  # one hop, then the end

@@ -25,6 +25,7 @@ KIM = Caller(
 ALL = (
     *("root", "cgroup-v2", "runtime", "overlay", "netns", "nftables", "cgroup-bpf", "xdp", "ipv6"),
     *("memory", "cpu", "pids", "io", "perf-cgroup", "seccomp-notify", "watchdog"),
+    "fanotify",
 )
 
 
@@ -87,6 +88,7 @@ def test_basics_cannot_be_waived(missing: str) -> None:
         ("memory", Guarantee.LIMITS),
         ("seccomp-notify", Guarantee.ESCAPE),
         ("watchdog", Guarantee.LIVENESS),
+        ("fanotify", Guarantee.FILE),
     ],
 )
 def test_required_guarantees_refuse_unless_waived(missing: str, guarantee: Guarantee) -> None:
@@ -94,7 +96,8 @@ def test_required_guarantees_refuse_unless_waived(missing: str, guarantee: Guara
     with pytest.raises(MissingGuarantee, match=missing) as raised:
         plan.check(make(machine(missing)))
     assert f"--allow-missing {guarantee}" in raised.value.hint
-    plan.check(make(machine(missing), allow_missing=frozenset([guarantee])))
+    waived = {guarantee} | ({Guarantee.EXEC} if guarantee is Guarantee.FILE else set())
+    plan.check(make(machine(missing), allow_missing=frozenset(waived)))
 
 
 @pytest.mark.parametrize("missing", ["cgroup-bpf", "xdp", "nftables", "netns"])
