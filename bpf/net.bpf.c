@@ -446,24 +446,31 @@ static __always_inline int is4(const __u8 *address, __u32 ip4)
 	return same(address, other);
 }
 
+/* What no rule is about; the settings are looked up only here, not for each packet. */
+static __always_inline int refuse(struct act *act)
+{
+	struct mis_settings *set = configured();
+
+	act->rule = set ? set->unlisted : 0;
+	act->to.protocol = act->protocol;
+	return conclude(act, 0, 1);
+}
+
 SEC("cgroup_skb/egress")
 int mis_egress(struct __sk_buff *ctx)
 {
-	struct mis_settings *set = configured();
-	struct act act = { .hook = MIS_EGRESS, .rule = set ? set->unlisted : 0 };
+	struct act act = { .hook = MIS_EGRESS };
 	__u8 from[16] = {};
 
 	if (straight(ctx, &act, from) && !is4(act.to.address, CANARY_OUT))
 		return 1;
-	act.to.protocol = act.protocol;
-	return conclude(&act, 0, 1);
+	return refuse(&act);
 }
 
 SEC("cgroup_skb/ingress")
 int mis_ingress(struct __sk_buff *ctx)
 {
-	struct mis_settings *set = configured();
-	struct act act = { .hook = MIS_INGRESS, .rule = set ? set->unlisted : 0 };
+	struct act act = { .hook = MIS_INGRESS };
 	struct bpf_sock *sk = ctx->sk;
 	__u8 from[16] = {};
 
@@ -472,13 +479,13 @@ int mis_ingress(struct __sk_buff *ctx)
 	straight(ctx, &act, from);
 	if (is4(from, CANARY_IN)) {
 		__builtin_memcpy(act.to.address, from, 16);
-		return conclude(&act, 0, 1);
+		return refuse(&act);
 	}
 	if (sk->state != BPF_TCP_LISTEN)
 		return 1;
-	act.protocol = act.to.protocol = IPPROTO_TCP; /* whatever headers the caller put before it */
+	act.protocol = IPPROTO_TCP; /* whatever headers the caller put before it */
 	act.to.port = sk->src_port;
-	return allowed_by(&listen, &act) || conclude(&act, 0, 1);
+	return allowed_by(&listen, &act) || refuse(&act);
 }
 
 /*
