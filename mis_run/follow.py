@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
 from mis_run.defcon import Change, Tracker
 from mis_run.errors import Emergency, GuardLost, SetupError, TimedOut, UsageError, VerifyError
@@ -68,6 +69,7 @@ class Follower:
         guards: Mapping[str, Any],
         tracker: Tracker,
         counters: Any,
+        denials: Denials,
     ) -> None:
         self.loop = loop
         self.plan = plan
@@ -77,11 +79,13 @@ class Follower:
         self.guards = guards
         self.tracker = tracker
         self.counters = counters
+        self.denials = denials
         self.ending: Ending | None = None
         self.started = time.monotonic()
         self._forced: Ending | None = None  # why we killed it, known before it is dead
         self._interrupts = 0
         self._proving = False
+        self._closed_writes = False
         self.canaries = 0  # rounds in which every guard was seen to work
         self._mail: list[Event] = []
         self._mailbox, self._doorbell = socket.socketpair()
@@ -146,6 +150,8 @@ class Follower:
         """Record events and let violations count; DEFCON 1 ends the run."""
         for event in events:
             self.record.write(event)
+            if event.violation:
+                self.denials.add(event)
             self._changed(self.tracker.violation(event))
 
     def _changed(self, change: Change | None) -> None:
@@ -155,8 +161,19 @@ class Follower:
         self.record.write(change.event)
         if net := self.guards.get("net"):
             net.close_new(self.tracker.effects.destinations)
+        if self.tracker.effects.writes and not self._closed_writes:
+            self._close_writes()
         if change.kills:
             self.kill(Ending("DEFCON 1: killed for its violations", Emergency.exit_code), change.at)
+
+    def _close_writes(self) -> None:
+        """Only the workspace stays writable from now on."""
+        from mis_run.guards import freeze_mounts
+
+        self._closed_writes = True
+        left = freeze_mounts.read_only(self.box.pid, self.box.pidfd, str(self.plan.cwd))
+        if left:  # a file there is open for writing: told, not hidden
+            self.record.write(Event(kind="defcon.partly", subject={"still_writable": left}))
 
     def emit_soon(self, event: Event) -> None:
         """`emit` from another thread."""

@@ -10,7 +10,7 @@ import os
 import resource
 from pathlib import Path
 
-from mis_run import bundle, rootfs, rules, seccomp
+from mis_run import briefing, bundle, rootfs, rules, seccomp
 from mis_run.build import built
 from mis_run.cgroup import Cgroup
 from mis_run.guards import escape_rules
@@ -43,6 +43,7 @@ def describe(
     info.mkdir(mode=0o755)
     (info / "init").touch()
     (info / "canary").touch(mode=0o555)
+    briefing.write(plan, info)
     workspace = plan.cwd.stat()
     notified = plan.uses("seccomp-notify")
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)

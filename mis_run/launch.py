@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from mis_run import (
+    briefing,
     bundle,
     cgroup,
     gc,
@@ -178,6 +179,7 @@ def _launch(
             guards=guards,
             tracker=tracker,
             counters=counted,
+            denials=briefing.Denials(run_dir.path / "info"),
         )
         follower.watch()
         box.hold(*held[1:])

@@ -200,6 +200,7 @@ def _environment(
         "LOGNAME": caller.user.name,
         "MIS_PROFILE": profile.name,
         "MIS_NETWORK": profile.network.mode.value,
+        "MIS_INFO": "/run/mis",
     }
     for name in (*PASSED_ON, *profile.env):
         if name in caller.environ:

@@ -152,6 +152,7 @@ static long end_agent(void)
 static void lost(const char *why, char **gc)
 {
 	struct pollfd supervisor = { .fd = SUPERVISOR, .events = POLLIN };
+	struct sched_param ordinary = { 0 };
 
 	say("closed", why, end_agent());
 	while (held_count > 0)
@@ -159,6 +160,7 @@ static void lost(const char *why, char **gc)
 	/* If it is dead already, which is why we are here, this fails and nothing is lost. */
 	syscall(SYS_pidfd_send_signal, SUPERVISOR, SIGKILL, NULL, 0);
 	poll(&supervisor, 1, 2000);
+	sched_setscheduler(0, SCHED_OTHER, &ordinary); /* cleaning up is not urgent */
 	execv(gc[0], gc);
 	_exit(127);
 }

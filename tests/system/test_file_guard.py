@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -397,6 +398,39 @@ def test_levels_change_verdicts(workspace: Path) -> None:
     done = run("sh", "-c", script, cwd=workspace, options=("--profile", str(path), "--net", "none"))
     assert done.out == "openopen", (done.out, done.err)
     assert done.denied("exec.run")[0]["rule"].startswith("defcon")
+
+
+def test_level_3_keeps_writes_in_the_workspace(workspace: Path) -> None:
+    """Before, /var/tmp and the home take files; from level 3 on only the workspace does."""
+    path = workspace.parent / "writes.toml"
+    path.write_text(
+        'extends = "default"\n[files]\ndeny = ["...", "**/.env"]\n[defcon]\n'
+        "effects = { binaries = 0, explicit = 0, kill = 0 }\n"
+    )
+    write = "(echo x > $d/y) 2>/dev/null && echo $d"
+    script = f"""
+    for d in . /var/tmp $HOME; do {write}; done; echo then
+    for i in 1 2 3 4 5 6 7; do cat .env 2>/dev/null; done
+    for d in . /var/tmp $HOME; do {write}; done"""
+    done = run("sh", "-c", script, cwd=workspace, options=("--profile", str(path), "--net", "none"))
+    home = os.path.expanduser("~")
+    assert done.out.split() == [".", "/var/tmp", home, "then", "."], (done.out, done.err)
+
+
+def test_the_agent_can_read_its_rules_and_its_denials(workspace: Path) -> None:
+    """In words and as JSON; the denial names what would allow it; nothing there can be changed."""
+    denied = '[files]\ndeny = ["...", "**/.env"]\n'
+    script = """
+    cat .env 2>/dev/null; cat $MIS_INFO/README; echo; echo ----; cat $MIS_INFO/rules.json; echo ----
+    sleep 0.1; cat $MIS_INFO/denials.jsonl
+    (echo x >> $MIS_INFO/denials.jsonl) 2>/dev/null && echo changed"""
+    done = run("sh", "-c", script, cwd=workspace, options=profile(workspace, "told", denied))
+    words, rules, denials = done.out.split("----\n")
+    assert "**/.env" in words and "Network: none" in words
+    assert json.loads(rules)["files"]["deny"][-1] == "**/.env"
+    (line,) = denials.splitlines()
+    assert json.loads(line)["path"] == f"{workspace}/.env"
+    assert json.loads(line)["allow_by_profile"] == f'[files] read = ["...", "{workspace}/.env"]'
 
 
 @pytest.mark.parametrize("who", ["processes", "threads"])
