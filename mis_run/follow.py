@@ -38,7 +38,7 @@ class Guard(Protocol):
         """A descriptor that becomes readable when there is something to answer or report."""
 
     def read(self) -> list[Event]:
-        """Answer and report all that is pending, without blocking."""
+        """Answer and report what is pending, a bounded part of it, without blocking."""
 
     def verify(self, probe: Callable[[str], int]) -> None:
         """Have a forbidden act tried and see it denied and counted. Raises VerifyError."""
@@ -183,7 +183,9 @@ class Follower:
 
     def _take_mail(self) -> None:
         self._mailbox.recv(4096)
-        mail, self._mail = self._mail, []
+        count = len(self._mail)  # another thread may append meanwhile
+        mail = self._mail[:count]
+        del self._mail[:count]
         self.emit(mail)
 
     def signal(self, number: int) -> None:
@@ -290,6 +292,9 @@ class Follower:
         """Usage, counters and network numbers as of now, with every event up to now recorded."""
         for guard in self.guards.values():
             self.emit(guard.read())
+        net = self.guards.get("net")
+        if net and self.ending:
+            self.emit(net.rest())
         self.emit(self.cgroup.poll_events())
         facts: dict[str, Any] = {
             "seconds": round(time.monotonic() - self.started, 3),
@@ -300,6 +305,6 @@ class Follower:
         }
         if self.counters is not None:
             facts["counters"] = plain(self.counters.read())
-        if net := self.guards.get("net"):
+        if net:
             facts["network"] = plain(net.counts())
         return facts

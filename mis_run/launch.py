@@ -192,7 +192,7 @@ def _launch(
         dog.watching(*held)
         steps.done("watched")
         netns = link.netns if link else None
-        on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon))
+        on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon, enforce=enforce))
         on(control.serve(loop, run_dir.path / "control.sock", follower.request))
         on(supervise.signals(loop, follower.signal))
         follower.on_resize = on(terminal.relay(loop, box.pty))
