@@ -136,6 +136,10 @@ class Follower:
     def go(self) -> None:
         """Execute the agent. Guards answer meanwhile: its first acts may come before our reply."""
         self.box.go(self.plan.command[0], None if self.plan.tty else (0, 1, 2))
+        self.follow()
+
+    def follow(self) -> None:
+        """Watch an agent that runs, from its first moment or from where a supervisor was lost."""
         self.loop.remove(self.box.fileno())
         self.started = time.monotonic()
         self.loop.add(self.box.fileno(), self._from_shim)

@@ -32,7 +32,7 @@ from mis_run.events import Event
 from mis_run.guards import counters, escape, file, file_policy, net
 from mis_run.later import Later
 from mis_run.linux import memfd
-from mis_run.model import Plan
+from mis_run.model import OnLoss, Plan
 
 if TYPE_CHECKING:
     from mis_run.follow import Ending, Guard
@@ -153,19 +153,19 @@ def _launch(
                     effects=lambda: tracker.effects,
                 )
             )
-        held = [box.lifeline.fileno()]  # what must stay open until the agent is gone
-        if plan.uses("fanotify"):
+        info = (run_dir.path / "info/canary").stat()
+        policy = file_policy.build(plan, root) if plan.uses("fanotify") else None
+        if policy is not None:
             guards["file"] = files = on(
                 file.attach(
                     box.pid,
-                    file_policy.build(plan, root),
-                    (run_dir.path / "info/canary").stat(),
+                    policy,
+                    (info.st_dev, info.st_ino),
                     enforce=enforce,
                     delay=tracker.delay,
                     effects=lambda: tracker.effects,
                 )
             )
-            held.append(files.group)
         counted = on(counters.attach(group.unified, settings.counters, later=True))
         steps.done("guards")
         box.start()
@@ -182,14 +182,34 @@ def _launch(
             denials=briefing.Denials(run_dir.path / "info"),
         )
         follower.watch()
-        box.hold(*held[1:])
+        held = {"lifeline": box.lifeline.fileno()}  # what must stay open until the agent is gone
+        if policy is not None:
+            held["fanotify"] = files.group
+        if settings.liveness.on_loss is OnLoss.OPEN:
+            from mis_run import resume
+
+            box.on_loss("open")
+            known = resume.Known(
+                plan=plan,
+                policy=policy,
+                canary=(info.st_dev, info.st_ino),
+                pid=box.pid,
+                watchdog=dog.pid,
+                sources=((link and link.address4) or "0.0.0.0", (link and link.address6) or "::"),
+                interface=bool(link and link.interface),
+                record=record.path,
+                place=group.place,
+            )
+            held |= on(resume.offer(known, run_dir, box, guard, link))
+        elif policy is not None:
+            box.hold(files.group)  # while a copy is open, opens wait for a verdict
         for one in guards.values():
             one.verify(box.probe)
         if link and link.interface:
             guard.verify_xdp(link.netns)
         counted.ready()
         steps.done("verified")
-        dog.watching(*held)
+        dog.watching(held)
         steps.done("watched")
         netns = link.netns if link else None
         on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon, enforce=enforce))

@@ -33,13 +33,18 @@ def _print(value: Any) -> None:
 @JSON
 def ps(as_json: bool) -> int:
     """List live runs."""
-    from mis_run import show, state
+    from mis_run import control, show, state
+
+    def phase(path: Path, facts: dict[str, Any]) -> str:
+        found = str(facts.get("phase", "setup"))
+        lost = found == "running" and not control.answers(path)
+        return "unguarded" if lost else found
 
     rows = [
         {
             "id": path.name,
             "name": facts.get("name") or "",
-            "phase": facts.get("phase", "setup"),
+            "phase": phase(path, facts),
             "profile": facts.get("profile", ""),
             "network": facts.get("network", ""),
             "seconds": round(time.time() - facts.get("began", time.time()), 1),
@@ -210,6 +215,16 @@ def defcon(which: str, level: int | None, as_json: bool) -> int:
     else:
         click.echo(f"DEFCON {answer['level']} ({answer['violations']} violations counted)")
     return 0
+
+
+@command.command()
+@click.argument("which", metavar="RUN")
+def attach(which: str) -> int:
+    """Take over a run whose supervisor was lost (profiles with on_loss = "open")."""
+    from mis_run import host, resume
+
+    host.needs_root("mis attach")
+    return resume.attach(which)
 
 
 @command.command()

@@ -26,19 +26,16 @@ from mis_run.defcon import CALM, Effects
 from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event, Guarantee, Verdict
 from mis_run.file_rules import Effect, Rule
-from mis_run.guards.file_policy import Identity, Policy, digest
+from mis_run.guards.file_judge import Judge
+from mis_run.guards.file_policy import Identity, Policy
 from mis_run.guards.marks import Marks
 from mis_run.late import Late, late
-from mis_run.linux import abi, elf, fanotify, tasks
+from mis_run.linux import abi, fanotify, tasks
 from mis_run.linux.fanotify import Opened
 from mis_run.model import Finding
 
 Probe = Callable[[str], int]
 DELETED = " (deleted)"
-UNSEEN = Rule("", Effect.DENY, "defcon: not executed before in this run")
-UNNAMED = Rule("", Effect.DENY, "defcon: only what a rule names explicitly")
-DEFAULT = Rule("", Effect.DENY, "default")
-CANARY = Rule("", Effect.DENY, "deny the guard's own canary")
 
 
 def supported() -> dict[str, Finding]:
@@ -81,14 +78,13 @@ class FileGuard:
         """How often the canary was met by the container's init: the guard works."""
         self._marks = marks
         self._late = slow
-        self._policy = policy
+        self._judge = Judge(policy, canary)
         self._canary = canary
         self._init = init
         self._delay = delay
         self._effects = effects
-        self._in_force = effects()
+        self._judge.effects = effects()
         self._proving = False
-        self._executed: set[Identity] = set()
         self._waiting: deque[Opened] = deque()
         self._more = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
@@ -186,7 +182,7 @@ class FileGuard:
             self._finish(opened, allow=not self.enforce)
             return None
         path = _path(opened.fd, facts)
-        rule = self._judge(opened, path, facts)
+        rule = self._judge.judge(opened, path, facts)
         if rule is None:
             self._allow(opened, path, facts)
             return None
@@ -204,69 +200,6 @@ class FileGuard:
         if self._proving and identity == self._canary:
             return True
         return opened.thread == self._init
-
-    def _judge(self, opened: Opened, path: str, facts: os.stat_result) -> Rule | None:
-        """The rule that forbids it, None to allow."""
-        policy, identity = self._policy, (facts.st_dev, facts.st_ino)
-        if identity == self._canary:
-            return CANARY
-        if outlaw := policy.objects.get(identity):
-            return outlaw
-        verdict = policy.opens.judge(path)
-        if verdict.rule is not None and not verdict.allowed:
-            return verdict.rule
-        if opened.executes:
-            return self._judge_program(opened, path, facts)
-        if not verdict.allowed:
-            # What may be executed is opened for that, right after; nothing else is a program.
-            is_program = stat.S_ISREG(facts.st_mode) and facts.st_mode & 0o111
-            if not is_program or not (verdict := policy.execs.judge(path)).allowed:
-                return DEFAULT
-        if self._in_force.explicit and verdict.rule is not None and not verdict.rule.explicit:
-            return UNNAMED
-        return self._judge_loaded(opened, path, facts)
-
-    def _judge_program(self, opened: Opened, path: str, facts: os.stat_result) -> Rule | None:
-        policy, identity = self._policy, (facts.st_dev, facts.st_ino)
-        if outlaw := policy.programs.get(identity):
-            return outlaw
-        verdict = policy.execs.judge(path)
-        if verdict.rule is None or not verdict.allowed:
-            return verdict.rule or DEFAULT
-        if not verdict.rule.explicit and (copied := policy.copy_of(opened.fd, facts.st_size)):
-            return copied
-        if verdict.rule.sha256 and (
-            policy.is_writable(path) or digest(opened.fd) != verdict.rule.sha256
-        ):
-            return Rule(path, Effect.DENY, f"{verdict.rule.text} (it has another content)")
-        if self._in_force.binaries and identity not in self._executed:
-            return UNSEEN
-        if self._in_force.explicit and not verdict.rule.explicit:
-            return UNNAMED
-        self._executed.add(identity)
-        return None
-
-    def _judge_loaded(self, opened: Opened, path: str, facts: os.stat_result) -> Rule | None:
-        """What may not be executed may not be opened: an interpreter or the loader could run it.
-
-        That holds for what a denial names (scripts too; not for all of a folder, which may be
-        read), and for every ELF program that may not be executed.
-        """
-        policy = self._policy
-        if outlaw := policy.programs.get((facts.st_dev, facts.st_ino)):
-            return outlaw
-        verdict = policy.execs.judge(path)
-        denial = None if verdict.allowed else verdict.rule
-        if denial is not None and not denial.pattern.endswith("*"):
-            return denial
-        if not stat.S_ISREG(facts.st_mode) or os.pread(opened.fd, 4, 0) != elf.MAGIC:
-            return None
-        if verdict.allowed:
-            known = verdict.rule is not None and verdict.rule.explicit
-            return None if known else policy.copy_of(opened.fd, facts.st_size)
-        # Libraries of the system are no programs; a library that the agent made could be one.
-        library = ".so" in path.rpartition("/")[2] and not policy.is_writable(path)
-        return None if library or not elf.is_program(opened.fd) else denial or DEFAULT
 
     # ---- answering ------------------------------------------------------------------------
 
@@ -289,8 +222,8 @@ class FileGuard:
     def _follow_defcon(self) -> None:
         """A changed level makes what the kernel remembers of the old one void."""
         effects = self._effects()
-        if effects != self._in_force:
-            self._in_force = effects
+        if effects != self._judge.effects:
+            self._judge.effects = effects
             fanotify.forget(self.group)
 
     def _event(self, opened: Opened, path: str, rule: Rule) -> Event:
@@ -320,30 +253,33 @@ def _path(fd: int, facts: os.stat_result) -> str:
 def attach(
     pid: int,
     policy: Policy,
-    canary: os.stat_result,
+    canary: Identity,
     *,
+    group: int | None = None,
     enforce: bool = True,
     delay: Callable[[], float] = lambda: 0.0,
     effects: Callable[[], Effects] = lambda: CALM,
 ) -> Iterator[FileGuard]:
     """Mark the mounts of the container whose init is ``pid`` and answer until the context ends.
 
-    ``canary`` is the file that is always denied.  Raises SetupError, VerifyError.
+    ``canary`` is the file that is always denied; ``group`` one that already marks them, taken over
+    from a supervisor that is gone.  Raises SetupError, VerifyError.
     """
     try:
-        group = fanotify.group()
+        group = fanotify.group() if group is None else group
     except OSError as error:
         raise SetupError(f"file guard: {error.strerror}", hint="mis doctor") from error
     try:
         marks = Marks(group, pid)
         marks.update()
+        fanotify.forget(group)
         with late() as slow:
             guard = FileGuard(
                 group,
                 marks,
                 slow,
                 policy,
-                (canary.st_dev, canary.st_ino),
+                canary,
                 init=pid,
                 enforce=enforce,
                 delay=delay,

@@ -73,22 +73,30 @@ def _load_trivial(kind: int, attach: int) -> int:
     return libc.bpf(5, attributes)
 
 
+MAPS = ("rules", "listen", "settings", "counters", "events")
+
+
 class NetGuard:
     """One agent's guard. ``update`` changes its table, ``read`` its events."""
 
-    def __init__(self, plan: NetPlan, *, enforce: bool) -> None:
+    def __init__(
+        self,
+        plan: NetPlan,
+        *,
+        enforce: bool,
+        maps: Mapping[str, int] | None = None,
+        sources: tuple[str, str] = ("0.0.0.0", "::"),
+    ) -> None:
         self._plan = plan
         self._parsed = [rules.parse(text) for text in plan.allow]
         self._listen = [rule for text in plan.listen for rule in rules.parse_listen(text)]
         self._enforce = enforce
         self._level = 5
         self._configuring = threading.Lock()
-        self._sources = ("0.0.0.0", "::")
-        self._object = libbpf.Object(built("net.bpf.o"))
-        self._maps = {
-            name: self._object.map(name) for name in ("rules", "listen", "settings", "counters")
-        }
-        self._ring = libbpf.Ring(self._object.map("events"))
+        self._sources = sources
+        self._object = None if maps else libbpf.Object(built("net.bpf.o"))
+        self._maps = {name: self._map(name, maps or {}) for name in MAPS}
+        self._ring = libbpf.Ring(self._maps["events"])
         self._cpus = libbpf.possible_cpus()
         self._installed: dict[rules.Place, table.Entry] = {}  # always what the map has
         self._texts: tuple[str, ...] = ()
@@ -98,6 +106,15 @@ class NetGuard:
         self.xdp_mode = ""
         self._install_listen()
         self.update({})
+        if maps:
+            self._base = self._totals()  # what was counted before was told before
+
+    def _map(self, name: str, maps: Mapping[str, int]) -> libbpf.Map:
+        return self._object.map(name) if self._object else libbpf.Map(maps[name])
+
+    def maps(self) -> dict[str, int]:
+        """Descriptors by which `adopt` finds this guard again when we are gone."""
+        return {name: found.fd for name, found in self._maps.items()}
 
     # ---- rules ----------------------------------------------------------------------------
 
@@ -141,6 +158,7 @@ class NetGuard:
 
     def attach(self, cgroup_fd: int) -> None:
         """Attach the cgroup programs, beside whatever others have attached there."""
+        assert self._object is not None
         for kind, name in PROGRAMS.items():
             libbpf.attach_cgroup(cgroup_fd, self._object.program(name), kind)
 
@@ -151,12 +169,14 @@ class NetGuard:
         """
         self._sources = (address4, address6 or "::")
         self._configure()
+        assert self._object is not None
         self.xdp_mode = libbpf.attach_xdp(ifindex, self._object.program("mis_xdp"))
 
     def close(self) -> None:
         """Release descriptors."""
         self._ring.close()
-        self._object.close()
+        if self._object is not None:
+            self._object.close()
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -281,3 +301,18 @@ def attach(cgroup: Path, guard: NetGuard) -> Iterator[NetGuard]:
 def load(plan: NetPlan, *, enforce: bool) -> NetGuard:
     """Load the programs and fill their tables; nothing is attached. Raises SetupError."""
     return NetGuard(plan, enforce=enforce)
+
+
+@contextmanager
+def adopt(
+    plan: NetPlan, maps: Mapping[str, int], sources: tuple[str, str], *, enforce: bool
+) -> Iterator[NetGuard]:
+    """The guard of a run whose supervisor is gone, by the descriptors of its maps.
+
+    The programs stay attached as they are; ``sources`` are the agent's addresses.
+    """
+    guard = NetGuard(plan, enforce=enforce, maps=maps, sources=sources)
+    try:
+        yield guard
+    finally:
+        guard.close()

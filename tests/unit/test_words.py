@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -115,16 +114,6 @@ def test_ipv6_only_where_a_rule_needs_it() -> None:
     assert make(allow_net=("[2001:db8::1]:1",)).network.ipv6
     assert make(allow_net=("api.example:1",)).network.ipv6
     assert not make(machine("ipv6"), allow_net=("[2001:db8::1]:1",)).network.ipv6
-
-
-def test_open_on_loss_is_refused() -> None:
-    """What is not there yet is refused, not ignored."""
-    profile = profiles.load("default")
-    loose = dataclasses.replace(
-        profile, liveness=dataclasses.replace(profile.liveness, on_loss="open")
-    )
-    with pytest.raises(UsageError, match="on_loss"):
-        plan.make(Options(command=("true",), workdir=Path("/srv/w")), loose, machine(), KIM)
 
 
 @pytest.mark.parametrize(
