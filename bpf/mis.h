@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: (MIT OR GPL-2.0-only) */
 /*
- * The words both sides of the kernel boundary share. mis_run/guards/net.py mirrors the structs;
+ * The words both sides of the kernel boundary share. mis_run/guards/net_layout.py mirrors them;
  * tests/kernel/test_abi.py compares them with the BTF of abi.bpf.o.
  */
 #ifndef MIS_H
 #define MIS_H
 
-#define MIS_PORTS 16 /* rules.MOST_PORTS */
+#define MIS_PORTS 16 /* table.MOST_PORTS */
 
 /* Bits of mis_port.protocols. */
 #define MIS_TCP 1
@@ -24,6 +24,8 @@ enum mis_hook {
 	MIS_PACKET4,
 	MIS_PACKET6,
 	MIS_PACKET_OTHER, /* not IP, or IP we do not read: always dropped */
+	MIS_EGRESS, /* a packet that may go elsewhere than it was judged for */
+	MIS_INGRESS, /* a caller of a listener that no rule allows */
 	MIS_HOOKS,
 };
 

@@ -7,10 +7,17 @@
  *   cgroup/sendmsg4,6        sendto(2), sendmsg(2) of UDP           EPERM
  *   cgroup/bind4,6           bind(2)                                EPERM
  *   cgroup/sock_create       socket(2) of AF_INET, AF_INET6         EPERM
+ *   cgroup_skb/egress        every packet of the agent's sockets    EPERM, drop
+ *   cgroup_skb/ingress       every packet to the agent's sockets    drop
  *   xdp                      every frame the agent's veth emits     drop
  *
  * The cgroup programs see who asks and make the events; XDP sees what really goes out, so a packet
- * that came around the socket calls meets the same table.  Maps belong to this one agent: programs
+ * that came around the socket calls meets the same table.  Where there is no veth (host mode) the
+ * skb hooks close what the calls leave open: egress refuses packets with IP options or a routing
+ * header, which are sent to the first hop and not to the address that was judged, however the
+ * agent asked for them (setsockopt, ancillary data); ingress refuses callers of a socket that
+ * listens where no rule allows, since listen(2) on an unbound socket, or on one bound to port 0,
+ * meets no hook of its own.  Maps belong to this one agent: programs
  * attached to its cgroup run for nobody else, and the XDP program only on its veth.
  *
  * Other socket families (packet, vsock, netlink) never come here: seccomp refuses them.
@@ -33,6 +40,9 @@
 #define SOCK_STREAM 1
 #define SOCK_DGRAM 2
 #define QUIET_NS 1000000000ULL /* between two events of XDP for one destination */
+#define CANARY4 0xc0000008 /* 192.0.0.8; with 100::1 these are rules.CANARIES */
+#define CANARY_OUT 0x7fc00008 /* 127.192.0.8: refused by egress */
+#define CANARY_IN 0x7fc00009 /* 127.192.0.9: refused by ingress */
 #define IP_FRAGMENT 0x3fff /* more-fragments bit and offset, network order below */
 
 struct {
@@ -118,12 +128,20 @@ static __always_inline void map4(__u8 *address, __be32 ip4)
 	__builtin_memcpy(address + 12, &ip4, 4);
 }
 
+static __always_inline int same(const __u8 *one, const __u8 *other)
+{
+	const __u64 *a = (const __u64 *)one, *b = (const __u64 *)other;
+
+	return a[0] == b[0] && a[1] == b[1];
+}
+
 static __always_inline int is_canary(const __u8 *address)
 {
 	const __u32 *word = (const __u32 *)address;
 
 	if (word[0] == 0 && word[1] == 0 && word[2] == bpf_htonl(0xffff))
-		return word[3] == bpf_htonl(0xc0000008); /* 192.0.0.8 */
+		return word[3] == bpf_htonl(CANARY4) || word[3] == bpf_htonl(CANARY_OUT) ||
+		       word[3] == bpf_htonl(CANARY_IN);
 	return word[0] == bpf_htonl(0x01000000) && word[1] == 0 && word[2] == 0 &&
 	       word[3] == bpf_htonl(1); /* 100::1 */
 }
@@ -156,12 +174,15 @@ static __always_inline void tell(const struct act *act, enum mis_verdict verdict
 	bpf_ringbuf_submit(event, 0);
 }
 
-/* The same destination within a second: count, do not tell. */
-static __always_inline int told_lately(const struct destination *to)
+/*
+ * The same destination within a second: count, do not tell.  A listener is told once only: it is
+ * one act of the agent, however often strangers knock.
+ */
+static __always_inline int told_lately(const struct destination *to, enum mis_hook hook)
 {
 	__u64 now = bpf_ktime_get_ns(), *last = bpf_map_lookup_elem(&quiet, to);
 
-	if (last && now - *last < QUIET_NS)
+	if (last && (hook == MIS_INGRESS || now - *last < QUIET_NS))
 		return 1;
 	bpf_map_update_elem(&quiet, to, &now, BPF_ANY);
 	return 0;
@@ -194,7 +215,7 @@ static __always_inline int conclude(const struct act *act, int allowed, int pack
 	if (packet && (hook == MIS_PACKET_OTHER || act->protocol == IPPROTO_ICMPV6 ||
 		       act->protocol == IPPROTO_HOPOPTS || act->protocol == IPPROTO_IGMP))
 		return pass;
-	if (packet && told_lately(&act->to)) {
+	if (packet && told_lately(&act->to, hook)) {
 		if (counter)
 			counter->suppressed++;
 		return pass;
@@ -291,6 +312,34 @@ static __always_inline int goes_out(struct bpf_sock_addr *ctx, enum mis_hook hoo
 	return conclude(&act, destination_allowed(&act), 0);
 }
 
+/* As goes_out, of a message that may have no address: then it goes to the socket's peer. */
+static __always_inline int sends(struct bpf_sock_addr *ctx, enum mis_hook hook, __u32 family)
+{
+	struct act act = { .hook = hook, .family = family };
+	struct bpf_sock *sk = ctx->sk;
+
+	address_of(ctx, &act);
+	/*
+	 * Ancillary data brings a connected socket here, without an address.  The port tells it: with
+	 * an address, port 0 is EINVAL before this.  The family does not: udp_sendmsg goes where an
+	 * address of AF_UNSPEC says.
+	 */
+	if (act.to.port == 0 && sk) {
+		if (family == AF_INET) {
+			map4(act.to.address, sk->dst_ip4);
+		} else {
+			__u32 *word = (__u32 *)act.to.address;
+
+			word[0] = sk->dst_ip6[0];
+			word[1] = sk->dst_ip6[1];
+			word[2] = sk->dst_ip6[2];
+			word[3] = sk->dst_ip6[3];
+		}
+		act.to.port = bpf_ntohs(sk->dst_port);
+	}
+	return conclude(&act, destination_allowed(&act), 0);
+}
+
 static __always_inline int listens(struct bpf_sock_addr *ctx, enum mis_hook hook, __u32 family)
 {
 	struct act act = { .hook = hook, .family = family };
@@ -317,13 +366,13 @@ int mis_connect6(struct bpf_sock_addr *ctx)
 SEC("cgroup/sendmsg4")
 int mis_sendmsg4(struct bpf_sock_addr *ctx)
 {
-	return goes_out(ctx, MIS_SENDMSG4, AF_INET);
+	return sends(ctx, MIS_SENDMSG4, AF_INET);
 }
 
 SEC("cgroup/sendmsg6")
 int mis_sendmsg6(struct bpf_sock_addr *ctx)
 {
-	return goes_out(ctx, MIS_SENDMSG6, AF_INET6);
+	return sends(ctx, MIS_SENDMSG6, AF_INET6);
 }
 
 SEC("cgroup/bind4")
@@ -356,15 +405,92 @@ int mis_socket(struct bpf_sock *ctx)
 }
 
 /*
- * XDP on our end of the agent's veth: its egress is our ingress.
+ * Packets of the agent's sockets. ctx begins with the network header.
  */
 
-static __always_inline int same(const __u8 *one, const __u8 *other)
+/* Reads both addresses; whether the packet goes where it says: no options, no routing header. */
+static __always_inline int straight(struct __sk_buff *ctx, struct act *act, __u8 *from)
 {
-	const __u64 *a = (const __u64 *)one, *b = (const __u64 *)other;
+	struct iphdr four;
+	struct ipv6hdr six;
+	__u8 next;
 
-	return a[0] == b[0] && a[1] == b[1];
+	act->bytes = ctx->len;
+	if (bpf_skb_load_bytes(ctx, 0, &four, sizeof(four)))
+		return 0;
+	act->protocol = four.protocol;
+	if (four.version == 4) {
+		act->family = AF_INET;
+		map4(act->to.address, four.daddr);
+		map4(from, four.saddr);
+		return four.ihl == 5;
+	}
+	if (four.version != 6 || bpf_skb_load_bytes(ctx, 0, &six, sizeof(six)))
+		return 0;
+	act->family = AF_INET6;
+	__builtin_memcpy(act->to.address, &six.daddr, 16);
+	__builtin_memcpy(from, &six.saddr, 16);
+	next = six.nexthdr;
+	/* The kernel's own for packets above 64 KiB (BIG TCP): one hop-by-hop header. */
+	if (next == IPPROTO_HOPOPTS && bpf_skb_load_bytes(ctx, sizeof(six), &next, 1))
+		return 0;
+	act->protocol = next;
+	return next == IPPROTO_TCP || next == IPPROTO_UDP || next == IPPROTO_ICMPV6;
 }
+
+static __always_inline int is4(const __u8 *address, __u32 ip4)
+{
+	__u8 other[16];
+
+	map4(other, bpf_htonl(ip4));
+	return same(address, other);
+}
+
+/* What no rule is about; the settings are looked up only here, not for each packet. */
+static __always_inline int refuse(struct act *act)
+{
+	struct mis_settings *set = configured();
+
+	act->rule = set ? set->unlisted : 0;
+	act->to.protocol = act->protocol;
+	return conclude(act, 0, 1);
+}
+
+SEC("cgroup_skb/egress")
+int mis_egress(struct __sk_buff *ctx)
+{
+	struct act act = { .hook = MIS_EGRESS };
+	__u8 from[16] = {};
+
+	if (straight(ctx, &act, from) && !is4(act.to.address, CANARY_OUT))
+		return 1;
+	return refuse(&act);
+}
+
+SEC("cgroup_skb/ingress")
+int mis_ingress(struct __sk_buff *ctx)
+{
+	struct act act = { .hook = MIS_INGRESS };
+	struct bpf_sock *sk = ctx->sk;
+	__u8 from[16] = {};
+
+	if (!sk)
+		return 1;
+	straight(ctx, &act, from);
+	if (is4(from, CANARY_IN)) {
+		__builtin_memcpy(act.to.address, from, 16);
+		return refuse(&act);
+	}
+	if (sk->state != BPF_TCP_LISTEN)
+		return 1;
+	act.protocol = IPPROTO_TCP; /* whatever headers the caller put before it */
+	act.to.port = sk->src_port;
+	return allowed_by(&listen, &act) || refuse(&act);
+}
+
+/*
+ * XDP on our end of the agent's veth: its egress is our ingress.
+ */
 
 static __always_inline int packet_verdict(struct act *act, int good)
 {

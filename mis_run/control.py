@@ -99,3 +99,13 @@ def ask(run: Path, timeout: float = 5.0, **request: Any) -> dict[str, Any]:
     if "error" in answer:
         raise MisError(str(answer["error"]), hint=str(answer.get("hint", "")))
     return answer
+
+
+def answers(path: Path) -> bool:
+    """Whether the run in this directory has a supervisor that listens."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(str(path / "control.sock"))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+    return True

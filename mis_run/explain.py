@@ -60,6 +60,11 @@ def _network(verb: str, subject: Mapping[str, Any], who: str, rule: str) -> Advi
         )
     where = str(subject.get("destination", "?"))
     protocol = str(subject.get("protocol", ""))
+    if verb == "route":
+        return Advice(
+            f"{who} sent a packet with IP options or a routing header by way of {where}",
+            "such a packet goes elsewhere than it was judged for; no profile allows it",
+        )
     if verb == "bind":
         return Advice(
             f"{who} wanted to listen on {where}",

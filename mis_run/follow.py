@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
 from mis_run.defcon import Change, Tracker
-from mis_run.errors import Emergency, GuardLost, TimedOut, UsageError
+from mis_run.errors import Emergency, GuardLost, SetupError, TimedOut, UsageError, VerifyError
 from mis_run.events import Event, Guarantee
 from mis_run.jsonable import plain
 from mis_run.model import Plan
@@ -37,10 +38,13 @@ class Guard(Protocol):
         """A descriptor that becomes readable when there is something to answer or report."""
 
     def read(self) -> list[Event]:
-        """Answer and report all that is pending, without blocking."""
+        """Answer and report what is pending, a bounded part of it, without blocking."""
 
     def verify(self, probe: Callable[[str], int]) -> None:
         """Have a forbidden act tried and see it denied and counted. Raises VerifyError."""
+
+    def beat(self, probe: Callable[[str], int]) -> None:
+        """`verify` with one cheap act, again and again while the agent runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class Follower:
         guards: Mapping[str, Any],
         tracker: Tracker,
         counters: Any,
+        denials: Denials,
     ) -> None:
         self.loop = loop
         self.plan = plan
@@ -74,10 +79,14 @@ class Follower:
         self.guards = guards
         self.tracker = tracker
         self.counters = counters
+        self.denials = denials
         self.ending: Ending | None = None
         self.started = time.monotonic()
         self._forced: Ending | None = None  # why we killed it, known before it is dead
         self._interrupts = 0
+        self._proving = False
+        self._closed_writes = False
+        self.canaries = 0  # rounds in which every guard was seen to work
         self._mail: list[Event] = []
         self._mailbox, self._doorbell = socket.socketpair()
         self._mailbox.setblocking(False)
@@ -99,12 +108,38 @@ class Follower:
         self.emit(self.cgroup.poll_events())
         self._changed(self.tracker.tick())
 
+    def _prove(self) -> None:
+        """Try every guard end to end: what must be refused inside is tried inside.
+
+        The container's init answers when it gets CPU; meanwhile the loop turns inside `Box.probe`
+        as always, and the next beats are only noted as late.
+        """
+        if self._proving or self.ending is not None:
+            self.record.write(Event(kind="canary.late", guard=Guarantee.LIVENESS))
+            return
+        self._proving = True
+        try:
+            for guard in self.guards.values():
+                guard.beat(self.box.probe)
+            self.canaries += 1
+        except VerifyError as error:
+            self.record.write(Event(kind="canary.lost", subject={"why": error.message}))
+            self.kill(Ending(f"killed: {error.message}", GuardLost.exit_code))
+        except SetupError:
+            pass  # the agent ended meanwhile, which `_from_shim` tells
+        finally:
+            self._proving = False
+
     def _serve(self, guard: Guard) -> None:
         self.emit(guard.read())
 
     def go(self) -> None:
         """Execute the agent. Guards answer meanwhile: its first acts may come before our reply."""
         self.box.go(self.plan.command[0], None if self.plan.tty else (0, 1, 2))
+        self.follow()
+
+    def follow(self) -> None:
+        """Watch an agent that runs, from its first moment or from where a supervisor was lost."""
         self.loop.remove(self.box.fileno())
         self.loop.add(self.box.fileno(), self._from_shim)
         self._begin()
@@ -114,6 +149,7 @@ class Follower:
         self.started = time.monotonic()
         self.loop.add(self.box.pidfd, self._gone)
         self.loop.every(LIMITS_EVERY, self._look)
+        self.loop.every(self.plan.profile.liveness.canary, self._prove)
         if timeout := self.plan.limits.timeout:
             self.loop.after(timeout, self._timed_out)
 
@@ -121,6 +157,8 @@ class Follower:
         """Record events and let violations count; DEFCON 1 ends the run."""
         for event in events:
             self.record.write(event)
+            if event.violation:
+                self.denials.add(event)
             self._changed(self.tracker.violation(event))
 
     def _changed(self, change: Change | None) -> None:
@@ -130,8 +168,19 @@ class Follower:
         self.record.write(change.event)
         if net := self.guards.get("net"):
             net.close_new(self.tracker.effects.destinations)
+        if self.tracker.effects.writes and not self._closed_writes:
+            self._close_writes()
         if change.kills:
             self.kill(Ending("DEFCON 1: killed for its violations", Emergency.exit_code), change.at)
+
+    def _close_writes(self) -> None:
+        """Only the workspace stays writable from now on."""
+        from mis_run.guards import freeze_mounts
+
+        self._closed_writes = True
+        left = freeze_mounts.read_only(self.box.pid, self.box.pidfd, str(self.plan.cwd))
+        if left:  # a file there is open for writing: told, not hidden
+            self.record.write(Event(kind="defcon.partly", subject={"still_writable": left}))
 
     def emit_soon(self, event: Event) -> None:
         """`emit` from another thread."""
@@ -141,7 +190,9 @@ class Follower:
 
     def _take_mail(self) -> None:
         self._mailbox.recv(4096)
-        mail, self._mail = self._mail, []
+        count = len(self._mail)  # another thread may append meanwhile
+        mail = self._mail[:count]
+        del self._mail[:count]
         self.emit(mail)
 
     def signal(self, number: int) -> None:
@@ -248,15 +299,19 @@ class Follower:
         """Usage, counters and network numbers as of now, with every event up to now recorded."""
         for guard in self.guards.values():
             self.emit(guard.read())
+        net = self.guards.get("net")
+        if net and self.ending:
+            self.emit(net.rest())
         self.emit(self.cgroup.poll_events())
         facts: dict[str, Any] = {
             "seconds": round(time.monotonic() - self.started, 3),
             "usage": plain(self.cgroup.usage()),
             "violations": self.record.violations,
             "level": self.tracker.level,
+            "canaries": self.canaries,
         }
         if self.counters is not None:
             facts["counters"] = plain(self.counters.read())
-        if net := self.guards.get("net"):
+        if net:
             facts["network"] = plain(net.counts())
         return facts

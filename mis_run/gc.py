@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mis_run import cgroup, cgroup_kill, network, state
+from mis_run import cgroup, cgroup_kill, network, state, trees
 
 
 @dataclass(slots=True)
@@ -86,6 +85,6 @@ def collect() -> Removed:
         removed.network = network.gc(live)
         for path in paths:
             if path.name not in live:
-                shutil.rmtree(path, ignore_errors=True)
+                trees.remove(path)
                 removed.runs.append(path.name)
     return removed

@@ -10,7 +10,7 @@ import os
 import resource
 from pathlib import Path
 
-from mis_run import bundle, rootfs, rules, seccomp
+from mis_run import briefing, bundle, rootfs, rules, seccomp
 from mis_run.build import built
 from mis_run.cgroup import Cgroup
 from mis_run.guards import escape_rules
@@ -36,17 +36,19 @@ def etc(plan: Plan) -> dict[str, str]:
 
 
 def describe(
-    plan: Plan, folder: Path, root: Path, link: Link | None, group: Cgroup
+    plan: Plan, folder: Path, root: rootfs.Root, link: Link | None, group: Cgroup
 ) -> bundle.Inside:
     """Everything `bundle.config` needs beside the plan. ``folder`` is the run's own."""
     info = folder / "info"
     info.mkdir(mode=0o755)
     (info / "init").touch()
+    (info / "canary").touch(mode=0o555)
+    briefing.write(plan, info)
     workspace = plan.cwd.stat()
     notified = plan.uses("seccomp-notify")
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     return bundle.Inside(
-        root=root,
+        root=root.path,
         netns=link.path if link else None,
         cgroups_path=group.oci_path,
         shim=built("mis-init"),

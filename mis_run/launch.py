@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from mis_run import (
+    briefing,
     bundle,
     cgroup,
     gc,
@@ -28,10 +29,10 @@ from mis_run import (
 )
 from mis_run.errors import MisError
 from mis_run.events import Event
-from mis_run.guards import counters, escape, net
+from mis_run.guards import counters, escape, file, file_policy, net
 from mis_run.later import Later
 from mis_run.linux import memfd
-from mis_run.model import Plan
+from mis_run.model import OnLoss, Plan
 
 if TYPE_CHECKING:
     from mis_run.follow import Ending, Guard
@@ -152,6 +153,19 @@ def _launch(
                     effects=lambda: tracker.effects,
                 )
             )
+        info = (run_dir.path / "info/canary").stat()
+        policy = file_policy.build(plan, root) if plan.uses("fanotify") else None
+        if policy is not None:
+            guards["file"] = files = on(
+                file.attach(
+                    box.pid,
+                    policy,
+                    (info.st_dev, info.st_ino),
+                    enforce=enforce,
+                    delay=tracker.delay,
+                    effects=lambda: tracker.effects,
+                )
+            )
         counted = on(counters.attach(group.unified, settings.counters, later=True))
         steps.done("guards")
         box.start()
@@ -165,18 +179,40 @@ def _launch(
             guards=guards,
             tracker=tracker,
             counters=counted,
+            denials=briefing.Denials(run_dir.path / "info"),
         )
         follower.watch()
+        held = {"lifeline": box.lifeline.fileno()}  # what must stay open until the agent is gone
+        if policy is not None:
+            held["fanotify"] = files.group
+        if settings.liveness.on_loss is OnLoss.OPEN:
+            from mis_run import resume
+
+            box.on_loss("open")
+            known = resume.Known(
+                plan=plan,
+                policy=policy,
+                canary=(info.st_dev, info.st_ino),
+                pid=box.pid,
+                watchdog=dog.pid,
+                sources=((link and link.address4) or "0.0.0.0", (link and link.address6) or "::"),
+                interface=bool(link and link.interface),
+                record=record.path,
+                place=group.place,
+            )
+            held |= on(resume.offer(known, run_dir, box, guard, link))
+        elif policy is not None:
+            box.hold(files.group)  # while a copy is open, opens wait for a verdict
         for one in guards.values():
             one.verify(box.probe)
         if link and link.interface:
             guard.verify_xdp(link.netns)
         counted.ready()
         steps.done("verified")
-        dog.watching(box.lifeline)
+        dog.watching(held)
         steps.done("watched")
         netns = link.netns if link else None
-        on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon))
+        on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon, enforce=enforce))
         on(control.serve(loop, run_dir.path / "control.sock", follower.request))
         on(supervise.signals(loop, follower.signal))
         follower.on_resize = on(terminal.relay(loop, box.pty))

@@ -2,6 +2,7 @@
 
 ``closed``: whoever is lost, supervisor or watchdog, takes the agent along.  The watchdog holds a
 copy of the shim's lifeline, so the kernel closes the last copy only when both processes are gone.
+``open``: it holds everything that a new supervisor needs (`attach`, docs/decisions/watchdog.md).
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mis_run.box import ended
 from mis_run.build import built
 from mis_run.errors import SetupError
 from mis_run.linux.spawn import spawn
@@ -25,7 +27,7 @@ class Watchdog:
     """A running watchdog process; ``lost`` is called once if it dies before `dismiss`."""
 
     def __init__(
-        self, loop: Loop, settings: Liveness, pid: int, beats: socket.socket, word: int
+        self, loop: Loop, settings: Liveness, pid: int, beats: socket.socket, word: int | None
     ) -> None:
         self.pid = pid
         self._loop = loop
@@ -35,22 +37,21 @@ class Watchdog:
         self._settings = settings
         self._word = word
 
-    def watching(self, lifeline: socket.socket | None) -> None:
-        """Wait until it watches, and give it a copy of the lifeline to hold. Raises SetupError.
-
-        An engine's container has no shim of ours, and so no lifeline.
-        """
+    def watching(self, held: Mapping[str, int]) -> None:
+        """Wait until it watches, and give it copies of the descriptors that must not be closed
+        before the agent is gone, by name (shim/watchdog.c). Raises SetupError."""
+        assert self._word is not None
         with os.fdopen(self._word, "rb") as word:
             if word.read() != b"watching\n":
                 raise SetupError("the watchdog did not start", hint="mis doctor")
-        if lifeline is not None:
-            socket.send_fds(self._beats, [b"hold"], [lifeline.fileno()])
+        for name, fd in held.items():
+            socket.send_fds(self._beats, [f"hold {name}".encode()], [fd])
 
     def start(self, lost: Callable[[], None], heard: Callable[[str], None]) -> None:
         """Beat from now on. ``heard`` gets ``late`` and ``recovered``."""
         self._loop.every(self._settings.beat, lambda: self._send(b"beat"))
 
-        def ended() -> None:
+        def gone() -> None:
             self._loop.remove(self._pidfd)
             if not self._done:
                 lost()
@@ -65,7 +66,7 @@ class Watchdog:
             else:
                 self._loop.remove(self._beats.fileno())
 
-        self._loop.add(self._pidfd, ended)
+        self._loop.add(self._pidfd, gone)
         self._loop.add(self._beats.fileno(), listen)
 
     def pause(self) -> None:
@@ -85,8 +86,10 @@ class Watchdog:
         self._beats.close()
         with suppress(ProcessLookupError):  # it has heard "bye" already
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        ended(self._pidfd, 5.0)
         os.close(self._pidfd)
-        os.waitpid(self.pid, 0)
+        with suppress(ChildProcessError):  # another supervisor's child
+            os.waitpid(self.pid, 0)
 
     def _send(self, words: bytes) -> None:
         try:
@@ -114,7 +117,8 @@ def arm(
     itself = os.pidfd_open(os.getpid())
     argv = [str(built("mis-watchdog")), run_id, str(cgroup)]
     argv += [str(round(seconds * 1000)) for seconds in (settings.deadline, settings.beat)]
-    argv += ["--", sys.executable, "-I", "-c", "from mis_run import gc; gc.collect()"]
+    argv += [settings.on_loss.value, "--"]
+    argv += [sys.executable, "-I", "-c", "from mis_run import gc; gc.collect()"]
     fds = {1: writer, 2: 2, 3: theirs.fileno(), 4: itself, 5: record}
     with open(os.devnull) as nothing:
         pid = spawn(
@@ -126,6 +130,17 @@ def arm(
     os.close(writer)
     os.close(itself)
     dog = Watchdog(loop, settings, pid, ours, reader)
+    try:
+        yield dog
+    finally:
+        dog.dismiss()
+
+
+@contextmanager
+def adopt(loop: Loop, settings: Liveness, pid: int, beats: socket.socket) -> Iterator[Watchdog]:
+    """The watchdog of a run whose supervisor was lost, over the connection that it answers on."""
+    beats.setblocking(False)
+    dog = Watchdog(loop, settings, pid, beats, None)
     try:
         yield dog
     finally:

@@ -7,22 +7,20 @@ of one nftables table, which `gc` removes.  docs/decisions/network-plumbing.md a
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import socket
-import struct
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mis_run import nft, rules, shared
+from mis_run import namespace, nft, rules, shared
 from mis_run.errors import SetupError
 from mis_run.later import Later
-from mis_run.linux import libc
 from mis_run.model import Finding, NetMode, NetPlan
+from mis_run.state import ID
 
 MAC_HOST, MAC_AGENT = "02:6d:69:73:00:01", "02:6d:69:73:00:02"
 
@@ -51,7 +49,7 @@ def supported() -> dict[str, Finding]:
     """``netns``, ``nftables``, ``ipv6``: a namespace is really made, a netlink socket opened."""
     found = {"ipv6": _ipv6()}
     try:
-        os.close(_namespace())
+        os.close(namespace.make())
         found["netns"] = Finding(True, "a network namespace can be made")
     except (OSError, SetupError) as error:
         fix = "inside a container, mis-run needs --privileged or CAP_SYS_ADMIN"
@@ -82,7 +80,11 @@ def diagnose() -> dict[str, Finding]:
     if not blockers:
         return {"forwarding": Finding(True, "no other table drops forwarded packets")}
     family, table, chain = blockers[0]
-    fix = f'nft insert rule {family} {table} {chain} iifname "mis-*" accept'
+    rule = f"nft insert rule {family} {table} {chain}"
+    fix = (
+        f"{rule} iifname '\"mis-*\"' accept; "
+        f"{rule} oifname '\"mis-*\"' ct state established,related accept"
+    )
     detail = f"table {family} {table} drops forwarded packets by default, the agent's too"
     return {"forwarding": Finding(False, detail, fix)}
 
@@ -112,7 +114,7 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
         yield None
         return
     if plan.mode is NetMode.NONE:
-        netns = _namespace()
+        netns = namespace.make()
         try:
             yield Link(netns)
         finally:
@@ -120,13 +122,13 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
         return
     index = shared.claim(run_id)
     try:
-        netns = _namespace()
+        netns = namespace.make()
         try:
             link = _connect(plan, run_id, index, netns)
             try:
                 yield link
             finally:
-                _disconnect(link, run_id)
+                _disconnect(link, run_id, local=bool(_services(plan)))
         finally:
             os.close(netns)
     finally:
@@ -135,10 +137,7 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
 
 def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
     """Connect the namespace, in the background: `Link.ifindex` waits for it."""
-    base = index * 4
-    prefix4 = f"10.213.{base >> 8}"
-    gateway4, address4 = f"{prefix4}.{(base & 255) + 1}", f"{prefix4}.{(base & 255) + 2}"
-    gateway6, address6 = f"fd6d:6973:0:{index:x}::1", f"fd6d:6973:0:{index:x}::2"
+    gateway4, address4, gateway6, address6 = shared.addresses(index)
     interface = f"mis-{run_id}"
     inside = [
         f"link add eth0 address {MAC_AGENT} type veth peer name {interface} "
@@ -153,7 +152,6 @@ def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
         f"link set {interface} up",
         f"neigh add {address4} lladdr {MAC_AGENT} dev {interface} nud permanent",
     ]
-    # Routes last: they need our end to be up, which brings theirs up.
     routes = [f"route add default via {gateway4}"]
     if plan.ipv6:
         inside += [
@@ -169,18 +167,20 @@ def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
     def connect() -> int:
         sharing = Later(lambda: shared.share(ipv6=plan.ipv6))
         try:
-            _within(netns, lambda: _settle(inside + routes, ipv6=plan.ipv6))
+            namespace.within(netns, lambda: _settle(inside + routes, ipv6=plan.ipv6))
+            _distrust(interface, ipv6=plan.ipv6)
             _batch(outside)
-            return socket.if_nametoindex(interface)
+            found = socket.if_nametoindex(interface)
         finally:
             sharing.result()
-            nft.allow_local(interface, _local_rules(plan))
+        nft.allow_local(interface, _services(plan))
+        return found
 
     link_address6 = address6 if plan.ipv6 else None
     return Link(netns, interface, address4, link_address6, Later(connect))
 
 
-def _disconnect(link: Link, run_id: str) -> None:
+def _disconnect(link: Link, run_id: str, *, local: bool) -> None:
     """Remove our end; the namespace may live on in dying processes, its interface must not.
 
     The address index stays taken until that is done.  The kernel needs tens of milliseconds for an
@@ -192,52 +192,34 @@ def _disconnect(link: Link, run_id: str) -> None:
     with shared.locked():
         if set(shared.indices().values()) == {run_id}:
             shared.unshare()
+        elif local:
+            nft.forget_local(link.interface)
     removing.result()
 
 
 def _settle(commands: Sequence[str], *, ipv6: bool) -> None:
     """Inside the namespace: no IPv6 unless wanted, never autoconfigured; then ``ip`` commands."""
-    conf = Path("/proc/sys/net/ipv6/conf")
-    if conf.exists():
-        for which in ("all", "default"):
-            (conf / which / "accept_ra").write_text("0")
-            if not ipv6:
-                (conf / which / "disable_ipv6").write_text("1")
+    for which in ("all", "default"):
+        shared.turn(shared.CONF6 / which / "accept_ra", "0")
+        if not ipv6:
+            shared.turn(shared.CONF6 / which / "disable_ipv6", "1")
+    # No link-local address: nothing to solicit with, and none of ours to be reached by.
+    shared.turn(shared.CONF6 / "default" / "addr_gen_mode", "1")
     _batch(commands)
 
 
-def _namespace() -> int:
-    """A new network namespace with loopback up; its descriptor.
+def _distrust(interface: str, *, ipv6: bool) -> None:
+    """Our end, before it is up: the agent cannot configure this machine (ip-sysctl.rst).
 
-    Made by a thread that never comes back to our namespace: unshare(2) and setns(2) concern the
-    calling thread alone, so the rest of the process does not move.
+    XDP drops such packets too; this holds without it.
     """
-
-    def make() -> int:
-        libc.unshare(libc.CLONE_NEWNET)
-        _loopback_up()
-        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-
-    try:
-        return Later(make).result()
-    except OSError as error:
-        raise SetupError(f"cannot make a network namespace: {error}", hint="mis doctor") from error
-
-
-def _within(netns: int, function: Callable[[], None]) -> None:
-    """Run ``function``, and the processes it starts, inside a network namespace."""
-
-    def enter() -> None:
-        libc.setns(netns, libc.CLONE_NEWNET)
-        function()
-
-    Later(enter).result()
-
-
-def _loopback_up() -> None:
-    """SIOCSIFFLAGS IFF_UP on lo, netdevice(7)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))
+    shared.turn(shared.CONF4 / interface / "accept_redirects", "0")
+    shared.turn(shared.CONF4 / interface / "rp_filter", "1")
+    for switch in ("accept_ra", "accept_redirects"):
+        shared.turn(shared.CONF6 / interface / switch, "0")
+    shared.turn(shared.CONF6 / interface / "addr_gen_mode", "1")
+    if not ipv6:
+        shared.turn(shared.CONF6 / interface / "disable_ipv6", "1")
 
 
 def _batch(commands: Sequence[str]) -> None:
@@ -253,23 +235,24 @@ def _run(argv: list[str], text: str = "", *, check: bool = False) -> None:
             f"cannot run {argv[0]}: {error.strerror}", hint="apt-get install iproute2"
         ) from error
     if check and done.returncode:
-        raise SetupError(f"{' '.join(argv)}: {done.stderr.strip()[-300:]}\n{text}".rstrip())
+        raise SetupError(
+            f"{' '.join(argv)}: {done.stderr.strip()[-300:]}\n{text}".rstrip(), hint="mis doctor"
+        )
 
 
-def _local_rules(plan: NetPlan) -> list[tuple[str, str, str, str]]:
-    """(family, protocol, address, ports) of rules that name one of the host's own addresses."""
+def _services(plan: NetPlan) -> list[nft.Service]:
+    """Those of the host that a rule names by the host's own address."""
     found = []
     for text in plan.allow:
         rule = rules.parse(text)
         if rule.network is None or rule.network.num_addresses != 1:
             continue
         address = str(rule.network.network_address)
-        if address not in plan.host_addresses:
-            continue
-        ports = f"{max(rule.low, 1)}-{rule.high}"
-        for bit, protocol in ((rules.TCP, "tcp"), (rules.UDP, "udp")):
-            if rule.protocols & bit:
-                found.append((str(rule.network.version), protocol, address, ports))
+        if address in plan.host_addresses:
+            family = "ip" if rule.network.version == 4 else "ip6"
+            for bit, protocol in ((rules.TCP, "tcp"), (rules.UDP, "udp")):
+                if rule.protocols & bit:
+                    found.append((family, protocol, address, f"{max(rule.low, 1)}-{rule.high}"))
     return found
 
 
@@ -278,14 +261,14 @@ def gc(live: set[str]) -> list[str]:
     if not shared.NET.is_dir():
         return []
     removed = []
-    for interface in os.listdir("/sys/class/net"):  # noqa: PTH208 - names only
+    for _, interface in socket.if_nameindex():
         run_id = interface.removeprefix("mis-")
-        if interface.startswith("mis-") and run_id not in live:
+        if run_id != interface and ID.fullmatch(run_id) and run_id not in live:
             _run(["ip", "link", "del", interface])
             removed.append(interface)
     with shared.locked():
         dead = set(shared.indices().values()) - live
         if dead or not shared.indices():
             shared.forget(dead)
-        nft.forget_local({f"mis-{run_id}" for run_id in live})
+        nft.gc({f"mis-{run_id}" for run_id in live})
     return removed + sorted(f"address of {run_id}" for run_id in dead)

@@ -1,14 +1,18 @@
 """The one nftables table of all agents, ``inet mis``. No other table is read or changed.
 
 Rules go by interface name (``mis-*``) and by the agents' address pools, so that an agent comes and
-goes without a rule of its own; only host services that a profile allows are rows of a set.
+goes without a rule of its own; only one that may use services of the host has a chain, named as its
+interface.  Not rows of a set: Debian's 6.12 refuses rules by a concatenated set with intervals
+(EOPNOTSUPP), which port ranges would need.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mis_run.errors import SetupError
 from mis_run.rules import POOL4, POOL6
@@ -17,37 +21,56 @@ TABLE = "inet mis"
 
 _BASE = f"""
 add table {TABLE}
-add set {TABLE} local4 {{ type ifname . inet_proto . ipv4_addr . inet_service; flags interval; }}
-add set {TABLE} local6 {{ type ifname . inet_proto . ipv6_addr . inet_service; flags interval; }}
+add map {TABLE} local {{ type ifname : verdict; }}
 add chain {TABLE} postrouting {{ type nat hook postrouting priority srcnat; }}
 add chain {TABLE} forward {{ type filter hook forward priority filter; }}
 add chain {TABLE} input {{ type filter hook input priority filter; }}
 flush chain {TABLE} postrouting
 flush chain {TABLE} forward
 flush chain {TABLE} input
-add rule {TABLE} postrouting ip saddr {POOL4} masquerade
-add rule {TABLE} postrouting ip6 saddr {POOL6} masquerade
+add rule {TABLE} postrouting iifname "mis-*" ip saddr {POOL4} masquerade
+add rule {TABLE} postrouting iifname "mis-*" ip6 saddr {POOL6} masquerade
 add rule {TABLE} forward iifname "mis-*" oifname "mis-*" drop
-add rule {TABLE} forward iifname "mis-*" accept
+add rule {TABLE} forward iifname "mis-*" ip saddr {POOL4} accept
+add rule {TABLE} forward iifname "mis-*" ip6 saddr {POOL6} accept
+add rule {TABLE} forward iifname "mis-*" drop
 add rule {TABLE} forward oifname "mis-*" ct state established,related accept
 add rule {TABLE} forward oifname "mis-*" drop
-add rule {TABLE} input iifname . meta l4proto . ip daddr . th dport @local4 accept
-add rule {TABLE} input iifname . meta l4proto . ip6 daddr . th dport @local6 accept
+add rule {TABLE} input iifname vmap @local
 add rule {TABLE} input iifname "mis-*" drop
 """
 
+Service = tuple[str, str, str, str]
+"""Of the host: ("ip" or "ip6", "tcp" or "udp", address, "LOW-HIGH")."""
 
-def install(*, close4: bool, close6: bool) -> None:
+_AGENT = re.compile(r"\tchain mis-[^}]*\}\n\n?")
+
+
+def install(forwarded: Mapping[str, Sequence[str]], known: Sequence[str] = ()) -> list[str]:
     """Make or renew the table, in one transaction.
 
-    ``close4`` and ``close6``: forwarding of that family is on only for us, so what is not an
-    agent's goes on being refused, as before we turned it on.
+    ``forwarded``: the families (``ipv4``, ``ipv6``) that are forwarded only for us, each with the
+    interfaces that forwarded before; what comes in by another is refused, as before.  ``known`` is
+    what the last call returned: while the table is as that left it nothing is done, since replacing
+    rules waits for an RCU grace period (20 to 40 ms).  A firewall's ``flush ruleset`` is noticed.
     """
     text = _BASE
-    for family, close in (("ipv4", close4), ("ipv6", close6)):
-        if close:
-            text += f"add rule {TABLE} forward meta nfproto {family} drop\n"
+    for family, interfaces in sorted(forwarded.items()):
+        others = ", ".join(f'"{name}"' for name in interfaces)
+        match = f"iifname != {{ {others} }} " if others else ""
+        text += f"add rule {TABLE} forward meta nfproto {family} {match}drop\n"
+    if list(known) == [text, _listing()]:
+        return list(known)
     _run(text)
+    return [text, _listing()]
+
+
+def _listing() -> str:
+    """The table without what belongs to single agents; empty when there is none."""
+    try:
+        return _AGENT.sub("", _nft("-t", "list", "table", *TABLE.split())).rstrip("}\n")
+    except SetupError:
+        return ""
 
 
 def remove() -> None:
@@ -55,57 +78,52 @@ def remove() -> None:
     _run(f"add table {TABLE}\ndelete table {TABLE}\n")
 
 
-def allow_local(interface: str, allowed: Sequence[tuple[str, str, str, str]]) -> None:
-    """Let one agent reach services of the host: (family, protocol, address, ports)."""
-    if allowed:
-        _run(
-            "".join(
-                f'add element {TABLE} local{family} {{ "{interface}" . {protocol} . {address} . '
-                f"{ports} }}\n"
-                for family, protocol, address, ports in allowed
-            )
-        )
+def allow_local(interface: str, services: Sequence[Service]) -> None:
+    """Let one agent reach services of the host."""
+    if services:
+        text = f"add chain {TABLE} {interface}\n"
+        for family, protocol, address, ports in services:
+            match = f"{family} daddr {address} {protocol} dport {ports}"
+            text += f"add rule {TABLE} {interface} {match} accept\n"
+        _run(f"{text}add element {TABLE} local {{ {interface} : jump {interface} }}\n")
 
 
-def forget_local(live: set[str]) -> None:
-    """Drop the rows of interfaces that are not ``live``."""
-    for name in ("local4", "local6"):
-        try:
-            found = json.loads(_nft("-j", "list", "set", *TABLE.split(), name))
-        except SetupError:
-            return  # no table: no rows
-        for entry in found["nftables"]:
-            for element in entry.get("set", {}).get("elem", ()):
-                parts = element["concat"]
-                if parts[0] not in live:
-                    _run(f"delete element {TABLE} {name} {{ {_text(parts)} }}\n")
+def forget_local(interface: str) -> None:
+    """Take back what `allow_local` gave; fine when a firewall has flushed it meanwhile."""
+    element = f"element {TABLE} local {{ {interface} : jump {interface} }}"
+    _run(
+        f"add table {TABLE}\nadd map {TABLE} local {{ type ifname : verdict; }}\n"
+        f"add chain {TABLE} {interface}\nadd {element}\n"
+        f"delete {element}\nflush chain {TABLE} {interface}\ndelete chain {TABLE} {interface}\n"
+    )
 
 
-def _text(parts: Sequence[object]) -> str:
-    shown = []
-    for part in parts:
-        if isinstance(part, dict):  # {"range": [low, high]}
-            low, high = part["range"]
-            shown.append(f"{low}-{high}")
-        else:
-            shown.append(f'"{part}"' if str(part).startswith("mis-") else str(part))
-    return " . ".join(shown)
+def gc(live: set[str]) -> None:
+    """Forget interfaces that are not ``live``."""
+    for family, table, chain, _ in _chains():
+        if f"{family} {table}" == TABLE and chain.startswith("mis-") and chain not in live:
+            forget_local(chain)
 
 
 def forward_blockers() -> list[tuple[str, str, str]]:
     """(family, table, chain) of other tables' forward chains that drop by default."""
+    return [
+        (family, table, chain)
+        for family, table, chain, facts in _chains()
+        if facts.get("hook") == "forward"
+        and facts.get("policy") == "drop"
+        and f"{family} {table}" != TABLE
+    ]
+
+
+def _chains() -> list[tuple[str, str, str, Mapping[str, Any]]]:
+    """(family, table, name, everything else) of every chain of the machine."""
     try:
-        found = json.loads(_nft("-j", "list", "chains"))
+        found = json.loads(_nft("-j", "list", "chains"))["nftables"]
     except SetupError:
         return []
-    return [
-        (chain["family"], chain["table"], chain["name"])
-        for entry in found["nftables"]
-        if (chain := entry.get("chain"))
-        and chain.get("hook") == "forward"
-        and chain.get("policy") == "drop"
-        and chain["table"] != "mis"
-    ]
+    chains = (entry["chain"] for entry in found if "chain" in entry)
+    return [(chain["family"], chain["table"], chain["name"], chain) for chain in chains]
 
 
 def _run(text: str) -> None:
@@ -122,5 +140,5 @@ def _nft(*words: str, text: str = "") -> str:
             f"cannot run nft: {error.strerror}", hint="apt-get install nftables"
         ) from error
     if done.returncode:
-        raise SetupError(f"nft {' '.join(words)}: {done.stderr.strip()[-400:]}")
+        raise SetupError(f"nft {' '.join(words)}: {done.stderr.strip()[-400:]}", hint="mis doctor")
     return done.stdout

@@ -21,7 +21,6 @@ from mis_run.model import (
     NetMode,
     NetPlan,
     Network,
-    OnLoss,
     Options,
     Plan,
     Profile,
@@ -60,11 +59,6 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 def make(options: Options, profile: Profile, host: Host, caller: Caller) -> Plan:
     """Decide everything. Raises UsageError for words that make no sense together."""
     profile = _with_options(profile, options)
-    if profile.liveness.on_loss == OnLoss.OPEN:
-        raise UsageError(
-            f"profile {profile.name}: liveness.on_loss = 'open' is not part of this version",
-            hint="use 'closed': the agent ends with its supervisor",
-        )
     _check_workspace(options, caller)
     network = _network(profile.network, host)
     limits = _limits(profile.limits, host, options.allow_missing)
@@ -200,6 +194,7 @@ def _environment(
         "LOGNAME": caller.user.name,
         "MIS_PROFILE": profile.name,
         "MIS_NETWORK": profile.network.mode.value,
+        "MIS_INFO": "/run/mis",
     }
     for name in (*PASSED_ON, *profile.env):
         if name in caller.environ:

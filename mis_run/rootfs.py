@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from mis_run import masks
@@ -66,8 +67,17 @@ def isolate() -> None:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Root:
+    """The merged root at ``path``; ``emptied`` is what stands there empty in place of the host's
+    own: path → whether it is a folder."""
+
+    path: Path
+    emptied: Mapping[str, bool]
+
+
 @contextmanager
-def mount(plan: Plan, folder: Path, etc: Mapping[str, str]) -> Iterator[Path]:
+def mount(plan: Plan, folder: Path, etc: Mapping[str, str]) -> Iterator[Root]:
     """The merged root, made below ``folder``; unmounted on the way out.
 
     ``etc`` are files of the agent's own ``/etc`` (``resolv.conf``, ``hosts``, ``hostname``).
@@ -88,7 +98,7 @@ def mount(plan: Plan, folder: Path, etc: Mapping[str, str]) -> Iterator[Path]:
         stack.callback(libc.umount, str(layer), libc.MNT_DETACH)
         try:
             layers = Layers(lower, layer, separate(plan.host) if plan.rootfs is None else [])
-            layers.prepare(plan, etc)
+            emptied = layers.prepare(plan, etc)
         except OSError as error:
             raise SetupError(f"cannot prepare the throw-away layer: {error}") from error
         for point, upper in layers.uppers.items():
@@ -102,7 +112,7 @@ def mount(plan: Plan, folder: Path, etc: Mapping[str, str]) -> Iterator[Path]:
                 flags = libc.MS_BIND | libc.MS_REMOUNT | libc.MS_RDONLY | QUIET
                 _mount(str(source), "none", target, flags)
             stack.callback(libc.umount, str(target), libc.MNT_DETACH)
-        yield merged
+        yield Root(merged, emptied)
 
 
 def _mount(
@@ -185,9 +195,10 @@ class Layers:
         here.write_text(text)
         here.chmod(0o444)
 
-    def prepare(self, plan: Plan, etc: Mapping[str, str]) -> None:
-        """Write everything that the agent finds instead of the host's."""
-        for path, is_folder in masks.find_all(self.lower, plan.masked).items():
+    def prepare(self, plan: Plan, etc: Mapping[str, str]) -> dict[str, bool]:
+        """Write everything that the agent finds instead of the host's; what was emptied."""
+        emptied = masks.find_all(self.lower, plan.masked)
+        for path, is_folder in emptied.items():
             if is_folder:
                 self.folder_at(path, 0o755)
             else:
@@ -198,6 +209,7 @@ class Layers:
             self.folder_at(plan.user.home, 0o700, plan.user.uid, plan.user.gid)
         for name, text in etc.items():
             self.file_at(f"/etc/{name}", text)
+        return emptied
 
 
 def _within(path: str, folder: str) -> bool:

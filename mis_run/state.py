@@ -11,13 +11,12 @@ import fcntl
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mis_run import locks
+from mis_run import locks, trees
 from mis_run.errors import NotFound, SetupError, UsageError
 
 STATE = Path("/run/mis")
@@ -68,7 +67,7 @@ def create(name: str | None) -> Iterator[RunDir]:
         run.note(id=run.id, name=name, phase="setup", supervisor=os.getpid())
         yield run
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        trees.remove(path)
         os.close(lock)
 
 

@@ -7,8 +7,8 @@
  * It waits for requests of the supervisor on the lifeline, a SOCK_SEQPACKET socket: first the acts
  * that must be refused (so that each guard is seen to work from inside the agent's own cgroup,
  * network, mounts and seccomp filter), then "go".  From then on it is an ordinary init: it passes
- * signals on and reaps.  When the lifeline hangs up it exits, and the kernel kills everything else
- * in the pid namespace (pid_namespaces(7)).
+ * signals on and reaps.  When the lifeline hangs up it kills everything in the pid namespace, and
+ * exits when all are gone; if it is killed itself the kernel does that (pid_namespaces(7)).
  *
  * The agent runs with the same credentials.  What protects this process from it: not dumpable (no
  * ptrace, no /proc/1/mem: ptrace(2), PR_SET_DUMPABLE(2const)), and the kernel drops every signal to
@@ -277,6 +277,22 @@ static void request(void)
 		close(fds[--many]);
 }
 
+/*
+ * End, and everything in the pid namespace before us.
+ *
+ * We may hold the last copy of a descriptor that answers for the agent ("hold"); it is closed when
+ * we exit, which the kernel does before it kills the namespace (do_exit: exit_files, then
+ * zap_pid_ns_processes), and what waits for an answer would pass.  So everybody else is gone first.
+ * kill(-1) reaches all of them at once: a fork with a signal pending fails (copy_process).
+ */
+static void finish(int code)
+{
+	kill(-1, SIGKILL);
+	while (waitpid(-1, NULL, __WALL) > 0 || errno == EINTR)
+		;
+	_exit(code);
+}
+
 /* Reap whatever ended; when it was the agent, report and end with its code. */
 static void reap(void)
 {
@@ -292,10 +308,10 @@ static void reap(void)
 		}
 		if (WIFEXITED(status)) {
 			answer("exit", WEXITSTATUS(status), "");
-			_exit(WEXITSTATUS(status));
+			finish(WEXITSTATUS(status));
 		}
 		answer("killed", WTERMSIG(status), "");
-		_exit(128 + WTERMSIG(status));
+		finish(128 + WTERMSIG(status));
 	}
 }
 
@@ -336,7 +352,7 @@ int main(int argc, char **argv)
 			request();
 		if (watched[0].revents & (POLLHUP | POLLERR)) {
 			if (!open_on_loss)
-				_exit(137);
+				finish(137);
 			watched[0].fd = -1;
 		}
 		while (read(watched[1].fd, &info, sizeof(info)) == sizeof(info))

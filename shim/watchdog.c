@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * mis-watchdog: ends the agent when its supervisor no longer can.
+ * mis-watchdog: ends the agent when its supervisor no longer can, or keeps it going.
  *
- *   mis-watchdog RUN CGROUP DEADLINE_MS BEAT_MS -- GC-COMMAND [ARG]...
+ *   mis-watchdog RUN CGROUP DEADLINE_MS BEAT_MS closed|open -- GC-COMMAND [ARG]...
  *
  * A process of its own, tiny and static, that shares nothing with the supervisor that could fail
  * with it.  It holds a copy of the shim's lifeline, so the agent outlives the supervisor exactly as
@@ -10,25 +10,36 @@
  * whole pid namespace with it.
  *
  * Descriptors: 1 says "watching" once and is closed; 3 beats; 4 pidfd of the supervisor; 5 the
- * run's record.  Beats are datagrams: "beat"; "hold" with a descriptor (the lifeline); "pause" (the
- * supervisor is stopped on purpose); "resume"; "bye" (normal end).  Answers: "late", "recovered".
+ * run's record.  Beats are datagrams: "beat"; "hold NAME" with a descriptor; "pause" (the supervisor
+ * is stopped on purpose); "resume"; "bye" (normal end).  Answers: "late", "recovered".
  *
- * Until the first "beat" the launch is being set up, which takes as long as it takes: only the end of
- * the beats counts. Lost means: no word for DEADLINE_MS, or the end of the beats without "bye".  Then: freeze, kill,
- * see the cgroup empty, kill the supervisor if it only hangs, and become GC-COMMAND.
- * Out of scope: judging violations, answering guards, cleaning up.
+ * Until the first "beat" the launch is being set up, which takes as long as it takes: only the end
+ * of the beats counts.  Lost means: no word for DEADLINE_MS, or the end of the beats without "bye".
+ *
+ * closed: freeze, kill, see the cgroup empty, kill the supervisor if it only hangs, and become
+ * GC-COMMAND.  What is held is closed last: opens that wait for a verdict wait until the end.
+ *
+ * open: the agent goes on without verdicts.  Opens are let through and counted ("fanotify"), calls
+ * of the escape guard too ("seccomp"); the network's rules are the kernel's and stay in force.  The
+ * run's lock ("lock") keeps it from being cleaned up.  Whoever of root connects to the socket
+ * "attach" gets everything that is held, becomes the supervisor, and its connection the beats.
+ * When the agent's init ("init", a pidfd) ends, GC-COMMAND removes what is left.
+ * Out of scope: judging violations, cleaning up.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/seccomp.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/fanotify.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -39,10 +50,24 @@
 enum { BEATS = 3, SUPERVISOR = 4, RECORD = 5 };
 #define GOOD_BEATS 5 /* in a row, to recover from a late one */
 #define EMPTY_WITHIN 5000 /* ms the killed cgroup gets to become empty */
-#define MOST_HELD 8
+#define MOST_HELD 32
+#define NAME 24
 
 static const char *run, *cgroup;
-static int held[MOST_HELD], held_count;
+static struct held {
+	char name[NAME];
+	int fd;
+} held[MOST_HELD];
+static int held_count;
+
+/* The descriptor held under a name, -1 without one, which poll(2) skips. */
+static int held_as(const char *name)
+{
+	for (int n = 0; n < held_count; n++)
+		if (!strcmp(held[n].name, name))
+			return held[n].fd;
+	return -1;
+}
 
 static long now_ms(void)
 {
@@ -149,19 +174,146 @@ static long end_agent(void)
 	return populated() ? -1 : now_ms() - began;
 }
 
-static void lost(const char *why, char **gc)
+static void end_supervisor(void)
 {
 	struct pollfd supervisor = { .fd = SUPERVISOR, .events = POLLIN };
 
-	say("closed", why, end_agent());
-	cgroup_write("cgroup.freeze", "0"); /* an engine may use its container's cgroup again */
-	while (held_count > 0)
-		close(held[--held_count]); /* the shim goes too if the kill could not reach it */
 	/* If it is dead already, which is why we are here, this fails and nothing is lost. */
 	syscall(SYS_pidfd_send_signal, SUPERVISOR, SIGKILL, NULL, 0);
 	poll(&supervisor, 1, 2000);
+}
+
+static void clean_up(char **gc)
+{
+	struct sched_param ordinary = { 0 };
+
+	while (held_count > 0)
+		close(held[--held_count].fd); /* the shim goes too if a kill could not reach it */
+	sched_setscheduler(0, SCHED_OTHER, &ordinary); /* cleaning up is not urgent */
 	execv(gc[0], gc);
 	_exit(127);
+}
+
+static void close_run(const char *why, char **gc)
+{
+	say("closed", why, end_agent());
+	cgroup_write("cgroup.freeze", "0"); /* an engine may use its container's cgroup again */
+	end_supervisor();
+	clean_up(gc);
+}
+
+/* Let through whatever opens wait; how many. */
+static int let_opens_pass(int group)
+{
+	char buffer[4096] __attribute__((aligned(8)));
+	struct fanotify_event_metadata *event = (void *)buffer;
+	ssize_t length = read(group, buffer, sizeof(buffer));
+	int count = 0;
+
+	for (; length > 0 && FAN_EVENT_OK(event, length); event = FAN_EVENT_NEXT(event, length)) {
+		struct fanotify_response answer = { .fd = event->fd, .response = FAN_ALLOW };
+
+		if (event->fd < 0)
+			continue;
+		close(event->fd); /* only its number is the answer's */
+		(void)!write(group, &answer, sizeof(answer));
+		count++;
+	}
+	return count;
+}
+
+/* Let one call of the escape guard through; how many. */
+static int let_call_pass(int listener)
+{
+	char call[1024] __attribute__((aligned(8))) = { 0 };
+	struct seccomp_notif *found = (void *)call;
+	struct seccomp_notif_resp answer = { .flags = SECCOMP_USER_NOTIF_FLAG_CONTINUE };
+
+	if (ioctl(listener, SECCOMP_IOCTL_NOTIF_RECV, found))
+		return 0;
+	answer.id = found->id;
+	ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, &answer);
+	return 1;
+}
+
+/* Give one descriptor away under its name. */
+static int give(int peer, const struct held *one)
+{
+	char control[CMSG_SPACE(sizeof(int))] = { 0 };
+	struct iovec part = { (void *)one->name, strlen(one->name) };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = control,
+				  .msg_controllen = sizeof(control) };
+	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+
+	header->cmsg_level = SOL_SOCKET;
+	header->cmsg_type = SCM_RIGHTS;
+	header->cmsg_len = CMSG_LEN(sizeof(int));
+	memcpy(CMSG_DATA(header), &one->fd, sizeof(int));
+	return sendmsg(peer, &message, MSG_NOSIGNAL) > 0;
+}
+
+/* Whether a process of root connected and has everything now: it is the supervisor. */
+static int hand_over(int listener)
+{
+	int peer = accept4(listener, NULL, NULL, SOCK_CLOEXEC), pidfd, complete = 1;
+	struct ucred who = { .uid = -1 };
+	socklen_t size = sizeof(who);
+
+	if (peer < 0)
+		return 0;
+	getsockopt(peer, SOL_SOCKET, SO_PEERCRED, &who, &size);
+	pidfd = who.uid == 0 ? (int)syscall(SYS_pidfd_open, who.pid, 0) : -1;
+	for (int n = 0; n < held_count && pidfd >= 0 && complete; n++)
+		complete = give(peer, &held[n]);
+	if (pidfd < 0 || !complete || send(peer, "end", 3, MSG_NOSIGNAL) != 3) {
+		close(peer);
+		return 0;
+	}
+	dup2(peer, BEATS);
+	dup2(pidfd, SUPERVISOR);
+	close(peer);
+	close(pidfd);
+	return 1;
+}
+
+/* Nobody judges: let everything pass until a supervisor attaches, or the agent ends. */
+static void keep_open(const char *why, char **gc)
+{
+	struct sched_param ordinary = { 0 }, first = { .sched_priority = 1 };
+	struct pollfd watched[] = {
+		{ .fd = held_as("init"), .events = POLLIN },
+		{ .fd = held_as("fanotify"), .events = POLLIN },
+		{ .fd = held_as("seccomp"), .events = POLLIN },
+		{ .fd = held_as("attach"), .events = POLLIN },
+	};
+	long began = now_ms();
+	int opens = 0, calls = 0;
+	char words[64];
+
+	end_supervisor();
+	say("open", why, 0);
+	dprintf(STDERR_FILENO, "mis-watchdog: %s: %s; it goes on UNGUARDED until: mis attach %s\n", run,
+		why, run);
+	sched_setscheduler(0, SCHED_OTHER, &ordinary); /* an agent's storm must not take the CPU */
+	for (;;) {
+		if (poll(watched, 4, -1) < 0)
+			continue;
+		if (watched[0].revents)
+			break;
+		if (watched[1].revents & POLLIN)
+			opens += let_opens_pass(watched[1].fd);
+		if (watched[2].revents & POLLIN)
+			calls += let_call_pass(watched[2].fd);
+		else if (watched[2].revents)
+			watched[2].fd = -1; /* nobody uses the filter any more */
+		if (watched[3].revents && hand_over(watched[3].fd))
+			break;
+	}
+	snprintf(words, sizeof(words), "%d opens, %d calls passed unjudged", opens, calls);
+	say(watched[0].revents ? "ended" : "attached", words, now_ms() - began);
+	if (watched[0].revents)
+		clean_up(gc);
+	sched_setscheduler(0, SCHED_RR, &first);
 }
 
 /* Read one word; keeps descriptors that came along. Empty at the end of the beats. */
@@ -182,13 +334,20 @@ static ssize_t hear(char *text, size_t size)
 		int *fds = (int *)CMSG_DATA(header);
 		int count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
 
-		for (int n = 0; n < count && held_count < MOST_HELD; n++)
-			held[held_count++] = fds[n];
+		for (int n = 0; n < count; n++) {
+			if (held_count == MOST_HELD || strncmp(text, "hold ", 5)) {
+				close(fds[n]);
+				continue;
+			}
+			snprintf(held[held_count].name, NAME, "%s", text + 5);
+			held[held_count++].fd = fds[n];
+		}
 	}
 	return length;
 }
 
-static void watch(long deadline, long beat, char **gc)
+/* Until "bye" (0), or until the supervisor is lost (why). */
+static const char *watch(long deadline, long beat)
 {
 	struct pollfd beats = { .fd = BEATS, .events = POLLIN };
 	long last = now_ms(), asked, now, wait;
@@ -210,16 +369,16 @@ static void watch(long deadline, long beat, char **gc)
 				last = now;
 				continue;
 			}
-			lost("no beat within the deadline", gc);
+			return "no beat within the deadline";
 		}
 		length = hear(word, sizeof(word));
 		if (length < 0)
 			continue;
 		if (length == 0)
-			lost("the supervisor died", gc);
+			return "the supervisor died";
 		if (!strcmp(word, "bye"))
-			return;
-		if (strcmp(word, "hold"))
+			return NULL;
+		if (strncmp(word, "hold", 4))
 			paused = !strcmp(word, "pause");
 		if (!late && !strcmp(word, "beat") && now - last > 2 * beat + deadline / 4) {
 			late = 1;
@@ -240,8 +399,9 @@ int main(int argc, char **argv)
 	/* Ctrl-C and a session's hang-up are the supervisor's business. */
 	static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP, SIGPIPE, 0 };
 	struct sched_param first = { .sched_priority = 1 };
+	const char *why;
 
-	if (argc < 7 || strcmp(argv[5], "--"))
+	if (argc < 8 || strcmp(argv[6], "--"))
 		return 125;
 	run = argv[1];
 	cgroup = argv[2];
@@ -254,6 +414,10 @@ int main(int argc, char **argv)
 	if (write(1, "watching\n", 9) != 9)
 		return 125;
 	close(1);
-	watch(atol(argv[3]), atol(argv[4]), argv + 6);
+	while ((why = watch(atol(argv[3]), atol(argv[4])))) {
+		if (strcmp(argv[5], "open") || held_as("init") < 0)
+			close_run(why, argv + 7);
+		keep_open(why, argv + 7);
+	}
 	return 0;
 }

@@ -25,7 +25,7 @@ from mis_run.errors import VerifyError
 from mis_run.events import Event, Guarantee, Verdict
 from mis_run.guards.escape_rules import NAMES, Judgement, judge, notify_rules
 from mis_run.late import Late, late
-from mis_run.linux import abi, seccomp
+from mis_run.linux import abi, seccomp, tasks
 from mis_run.linux.seccomp import Notification
 from mis_run.model import Finding
 
@@ -128,6 +128,13 @@ class EscapeGuard:
         # Refused by its arguments: proves the part of the filter that compares them.
         self._try(probe, "socket", (AF_ALG, SOCK_SEQPACKET, 0), errno.EAFNOSUPPORT, 0)
 
+    def beat(self, probe: Probe) -> None:
+        """One forbidden call of the container's init, seen here, as heartbeat.
+
+        Raises VerifyError.
+        """
+        self._try(probe, "kcmp", (0, 0, 0), errno.EPERM, errno.ESRCH)
+
     def _try(
         self, probe: Probe, name: str, args: tuple[int, ...], wanted: int, without: int
     ) -> None:
@@ -219,7 +226,7 @@ class EscapeGuard:
     # ---- telling --------------------------------------------------------------------------
 
     def _event(self, found: Notification, verdict: Judgement) -> Event | None:
-        process, comm = _who(found.thread)
+        process, comm = tasks.who(found.thread)
         if found.thread and not seccomp.alive(self._listener, found.id):
             process, comm = found.thread, ""  # the number may already be another's
         subject = dict(verdict.subject)
@@ -250,25 +257,6 @@ class EscapeGuard:
             self.over = True
             self._epoll.unregister(self._listener)
             self._waiting.clear()
-
-
-def _who(thread: int) -> tuple[int, str]:
-    """(process id, command name) of a thread; best effort, since it may have ended."""
-    process, comm = thread, ""
-    if thread == 0:
-        return 0, ""
-    try:
-        with open(f"/proc/{thread}/status", "rb") as file:
-            head = file.read(512)
-    except OSError:
-        return thread, ""
-    for line in head.splitlines():
-        key, _, value = line.partition(b":\t")
-        if key == b"Name":
-            comm = value.decode("utf-8", "backslashreplace")
-        elif key == b"Tgid" and value.strip().isdigit():
-            process = int(value)
-    return process, comm
 
 
 @contextmanager

@@ -9,63 +9,25 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import os
-import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from mis_run import rules
+from mis_run import rules, table
 from mis_run.build import built
-from mis_run.errors import VerifyError
-from mis_run.events import Event, Guarantee, Verdict
-from mis_run.guards import net_frames
+from mis_run.events import Event, Guarantee
+from mis_run.guards import net_events, net_layout, net_trials
+from mis_run.guards.net_layout import CALLS, COUNTER, HOOKS, KEY
 from mis_run.linux import libbpf, libc
 from mis_run.model import Finding, NetMode, NetPlan
 
-HOOKS = (
-    *("connect4", "connect6", "sendmsg4", "sendmsg6", "bind4", "bind6", "sock_create"),
-    *("packet4", "packet6", "other"),
-)
-PROGRAMS = {kind: f"mis_{kind}" for kind in HOOKS[:6]} | {"sock_create": "mis_socket"}
-KINDS = (
-    "connect",
-    "connect",
-    "send",
-    "send",
-    "bind",
-    "bind",
-    "socket",
-    "packet",
-    "packet",
-    "packet",
-)
-
-# bpf/mis.h; tests/kernel/test_abi.py compares them with its BTF.
-KEY = struct.Struct("=I16s")
-PORT = struct.Struct("=4H")
-ENTRY = struct.Struct("=2I")
-SETTINGS = struct.Struct("=16s16s4I")
-COUNTER = struct.Struct("=7Q")
-EVENT = struct.Struct("=QII16s16sHHBBHII")
-
-EPERM = 1
+PROGRAMS = {kind: f"mis_{kind}" for kind in (*CALLS[:6], "egress", "ingress")}
+PROGRAMS["sock_create"] = "mis_socket"
 RAISED = "defcon: new destinations are denied"
-PROTOCOLS = {
-    1: "icmp",
-    6: "tcp",
-    17: "udp",
-    58: "icmpv6",
-    132: "sctp",
-    136: "udplite",
-    255: "raw",
-    262: "mptcp",
-}
-FAMILIES = {2: "inet", 10: "inet6"}
-TYPES = {1: "stream", 2: "dgram", 3: "raw", 5: "seqpacket", 6: "dccp"}
-Probe = Callable[[str], int]
+BATCH = 128  # events of one turn: about ten milliseconds, then others get theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,49 +73,68 @@ def _load_trivial(kind: int, attach: int) -> int:
     return libc.bpf(5, attributes)
 
 
+MAPS = ("rules", "listen", "settings", "counters", "events")
+
+
 class NetGuard:
     """One agent's guard. ``update`` changes its table, ``read`` its events."""
 
-    def __init__(self, plan: NetPlan, *, enforce: bool) -> None:
+    def __init__(
+        self,
+        plan: NetPlan,
+        *,
+        enforce: bool,
+        maps: Mapping[str, int] | None = None,
+        sources: tuple[str, str] = ("0.0.0.0", "::"),
+    ) -> None:
         self._plan = plan
         self._parsed = [rules.parse(text) for text in plan.allow]
         self._listen = [rule for text in plan.listen for rule in rules.parse_listen(text)]
         self._enforce = enforce
         self._level = 5
-        self._sources = ("0.0.0.0", "::")
-        self._object = libbpf.Object(built("net.bpf.o"))
-        self._maps = {
-            name: self._object.map(name) for name in ("rules", "listen", "settings", "counters")
-        }
-        self._ring = libbpf.Ring(self._object.map("events"))
+        self._configuring = threading.Lock()
+        self._sources = sources
+        self._object = None if maps else libbpf.Object(built("net.bpf.o"))
+        self._maps = {name: self._map(name, maps or {}) for name in MAPS}
+        self._ring = libbpf.Ring(self._maps["events"])
         self._cpus = libbpf.possible_cpus()
-        self._installed: set[tuple[int, bytes]] = set()
-        self._resolved: Mapping[str, tuple[str, ...]] = {}
+        self._installed: dict[rules.Place, table.Entry] = {}  # always what the map has
         self._texts: tuple[str, ...] = ()
         self._base = (0,) * len(fields(Counts))
+        self._told_lost = 0
         self.canary_pid = 0  # the process that tries forbidden acts for us
         self.xdp_mode = ""
         self._install_listen()
         self.update({})
+        if maps:
+            self._base = self._totals()  # what was counted before was told before
+
+    def _map(self, name: str, maps: Mapping[str, int]) -> libbpf.Map:
+        return self._object.map(name) if self._object else libbpf.Map(maps[name])
+
+    def maps(self) -> dict[str, int]:
+        """Descriptors by which `adopt` finds this guard again when we are gone."""
+        return {name: found.fd for name, found in self._maps.items()}
 
     # ---- rules ----------------------------------------------------------------------------
 
     def update(self, resolved: Mapping[str, tuple[str, ...]]) -> None:
         """Judge by these addresses of names from now on; what stays allowed is never denied."""
-        self._resolved = resolved
-        table = rules.compile(
+        compiled = table.compile(
             self._parsed,
             resolved=resolved,
             own_addresses=self._plan.host_addresses,
             own_loopback=self._plan.mode is not NetMode.HOST,
         )
-        self._texts = (*table.texts, RAISED)
+        self._texts = (*compiled.texts, RAISED)
         self._configure()
-        for place, entry in table.entries.items():
-            self._maps["rules"].update(KEY.pack(*place), _entry(entry))
-        for place in self._installed - set(table.entries):
+        for place, entry in compiled.entries.items():
+            if self._installed.get(place) != entry:
+                self._maps["rules"].update(KEY.pack(*place), net_layout.entry(entry))
+                self._installed[place] = entry
+        for place in set(self._installed) - set(compiled.entries):
             self._maps["rules"].delete(KEY.pack(*place))
-        self._installed = set(table.entries)
+            del self._installed[place]
 
     def close_new(self, closed: bool) -> None:
         """DEFCON: whether only destinations that were used before are still allowed."""
@@ -162,21 +143,22 @@ class NetGuard:
 
     def _install_listen(self) -> None:
         # Nothing but the canaries is denied by itself: an address to listen on is the agent's own.
-        table = rules.compile(self._listen, special={})
-        for place, entry in table.entries.items():
-            self._maps["listen"].update(KEY.pack(*place), _entry(entry))
+        compiled = table.compile(self._listen, special={})
+        for place, entry in compiled.entries.items():
+            self._maps["listen"].update(KEY.pack(*place), net_layout.entry(entry))
 
     def _configure(self) -> None:
-        four, six = (ipaddress.ip_address(address) for address in self._sources)
-        raised = len(self._texts) - 1
-        values = (int(self._enforce), self._level, raised - 1, raised)
-        source = b"\0" * 10 + b"\xff\xff" + four.packed
-        self._maps["settings"].update(bytes(4), SETTINGS.pack(source, six.packed, *values))
+        with self._configuring:  # names come from their own thread, DEFCON from the loop
+            settings = net_layout.settings(
+                self._sources, enforce=self._enforce, level=self._level, texts=len(self._texts)
+            )
+            self._maps["settings"].update(bytes(4), settings)
 
     # ---- attaching ------------------------------------------------------------------------
 
     def attach(self, cgroup_fd: int) -> None:
         """Attach the cgroup programs, beside whatever others have attached there."""
+        assert self._object is not None
         for kind, name in PROGRAMS.items():
             libbpf.attach_cgroup(cgroup_fd, self._object.program(name), kind)
 
@@ -187,12 +169,14 @@ class NetGuard:
         """
         self._sources = (address4, address6 or "::")
         self._configure()
+        assert self._object is not None
         self.xdp_mode = libbpf.attach_xdp(ifindex, self._object.program("mis_xdp"))
 
     def close(self) -> None:
         """Release descriptors."""
         self._ring.close()
-        self._object.close()
+        if self._object is not None:
+            self._object.close()
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -201,75 +185,35 @@ class NetGuard:
         return self._ring.fileno()
 
     def read(self) -> list[Event]:
-        """All events so far, without those of our own canaries."""
-        found = []
-        for sample in self._ring.drain():
-            event = self._event(sample)
-            if event is not None:
-                found.append(event)
-        return found
+        """The oldest BATCH events, without those of our own canaries; the others stay for later."""
+        samples = self._ring.drain(BATCH)
+        events = [event for sample in samples if (event := self._event(sample))]
+        return events + self._lost() if len(samples) == BATCH else events
+
+    def rest(self) -> Iterator[Event]:
+        """Every event there is. Only for an agent that has ended: one that lives makes more."""
+        while samples := self._ring.drain(BATCH):
+            yield from (event for sample in samples if (event := self._event(sample)))
+        yield from self._lost()
+
+    def _lost(self) -> list[Event]:
+        """How many events found the ring buffer full since this was last asked."""
+        lost = self.counts().events_lost - self._told_lost
+        self._told_lost += lost
+        return [Event(kind="net.lost", guard=Guarantee.NET, subject={"events": lost})] * bool(lost)
 
     def _event(self, sample: bytes) -> Event | None:
-        if len(sample) != EVENT.size:
-            return Event(kind="net.malformed", subject={"bytes": len(sample)})
-        _, pid, _, comm, packed, port, rule, hook, verdict, family, kind, protocol = EVENT.unpack(
-            sample
-        )
-        if pid == self.canary_pid != 0:
-            return None  # the shim, on our request; it makes no socket of its own accord
-        if hook >= len(HOOKS):
-            return Event(kind="net.malformed", subject={"hook": hook})
-        subject: dict[str, Any]
-        if HOOKS[hook] == "sock_create":
-            subject = {
-                "family": FAMILIES.get(family, family),
-                "type": TYPES.get(kind, kind),
-                "protocol": PROTOCOLS.get(protocol, protocol),
-            }
-        else:
-            address = ipaddress.ip_address(packed)
-            shown = f"[{address}]"
-            if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-                address = address.ipv4_mapped
-                shown = str(address)
-            if str(address) in (rules.CANARY4, rules.CANARY6):
-                return None
-            subject = {
-                "destination": f"{shown}:{port}",
-                "protocol": PROTOCOLS.get(protocol, protocol),
-            }
-        return Event(
-            kind=f"net.{KINDS[hook]}",
-            verdict=Verdict.AUDIT if verdict == 2 else Verdict.DENY,
-            guard=Guarantee.NET,
-            pid=pid,
-            comm=comm.split(b"\0")[0].decode(errors="replace"),
-            subject=subject,
-            rule=self._rule(hook, rule),
-        )
-
-    def _rule(self, hook: int, index: int) -> str:
-        if KINDS[hook] in ("bind", "socket"):
-            return "default"
-        return self._texts[index] if index < len(self._texts) else "default"
+        return net_events.read(sample, self._texts, self.canary_pid)
 
     def hook_counts(self) -> dict[str, dict[str, int]]:
         """Each hook's counters, summed over CPUs."""
-        found = {}
-        names = (
-            "allowed",
-            "denied",
-            "audited",
-            "allowed_bytes",
-            "denied_bytes",
-            "suppressed",
-            "lost",
-        )
-        for index, hook in enumerate(HOOKS):
-            raw = self._maps["counters"].lookup(struct.pack("=I", index), COUNTER.size * self._cpus)
-            columns = zip(*COUNTER.iter_unpack(raw or bytes(COUNTER.size)), strict=True)
-            found[hook] = dict(zip(names, map(sum, columns), strict=True))
-        return found
+        size = COUNTER.size * self._cpus
+        return {
+            hook: net_layout.counters(
+                self._maps["counters"].lookup(struct.pack("=I", index), size) or bytes(COUNTER.size)
+            )
+            for index, hook in enumerate(HOOKS)
+        }
 
     def counts(self) -> Counts:
         """The agent's totals: what was tried to verify the guard is not the agent's."""
@@ -280,8 +224,8 @@ class NetGuard:
     def _totals(self) -> tuple[int, ...]:
         """The fields of Counts since the guard was loaded. A socket made is no connection yet."""
         hooks = self.hook_counts()
-        calls = [hooks[name] for name in HOOKS[:7]]
-        packets = [hooks[name] for name in HOOKS[7:]]
+        calls = [hooks.pop(name) for name in CALLS]
+        packets = list(hooks.values())
         return (
             sum(one["allowed"] for one in calls[:6]),
             sum(one["denied"] + one["audited"] for one in calls),
@@ -294,75 +238,48 @@ class NetGuard:
 
     # ---- proof ----------------------------------------------------------------------------
 
-    def verify(self, probe: Probe) -> None:
+    def verify(self, probe: net_trials.Probe) -> None:
         """One forbidden act per hook, from inside the agent's cgroup: refused *and* counted.
 
         Raises VerifyError.
         """
-        four, six = rules.CANARY4, rules.CANARY6
-        stream, dgram = int(socket.SOCK_STREAM), int(socket.SOCK_DGRAM)
-        acts = {
-            "connect4": f"connect 2 {stream} {four} 9",
-            "connect6": f"connect 10 {stream} {six} 9",
-            "sendmsg4": f"send 2 {dgram} {four} 9",
-            "sendmsg6": f"send 10 {dgram} {six} 9",
-            "bind4": f"bind 2 {dgram} {four} 9",
-            "bind6": f"bind 10 {dgram} {six} 9",
-        }
-        before = self.hook_counts()
-        for hook, act in acts.items():
-            error = probe(act)
-            if error == _NO_IPV6 and hook.endswith("6"):
-                continue  # a kernel without IPv6 has no IPv6 to guard
-            if error != EPERM:
-                met = os.strerror(error) if error else "it succeeded"
-                raise VerifyError(f"network guard {hook}: the forbidden act was not refused: {met}")
-        after = self.hook_counts()
-        for hook in acts:
-            if after[hook]["denied"] == before[hook]["denied"] and not hook.endswith("6"):
-                raise VerifyError(f"network guard {hook}: the refusal was not counted")
-        self._verify_socket(probe)
+        net_trials.calls(probe, self.hook_counts)
+        net_trials.sockets(probe, self.hook_counts, enforce=self._enforce)
+        net_trials.packets(probe, self.hook_counts, self._canaries_pass)
         self._forget_trials()
+
+    def beat(self, probe: net_trials.Probe) -> None:
+        """One forbidden connection of the container's init, as heartbeat. Raises VerifyError."""
+        denied = self._base[1] + net_trials.beat(probe, self.hook_counts, enforce=self._enforce)
+        self._base = (self._base[0], denied, *self._base[2:])  # it was ours, not the agent's
+
+    def verify_xdp(self, netns: int) -> None:
+        """Frames sent in the agent's namespace: dropped *and* counted. Raises VerifyError."""
+        net_trials.frames(netns, self._sources, self.hook_counts)
+        self._forget_trials()
+
+    @contextmanager
+    def _canaries_pass(self) -> Iterator[None]:
+        """Let the canaries of the packet hooks pass those of the system calls."""
+        open_port = table.Entry((table.Port(9, 9, rules.TCP | rules.UDP, 0),), 0)
+        places = [
+            rules.key(ipaddress.ip_network(address))
+            for address in (rules.CANARY_OUT, rules.CANARY_IN)
+        ]
+        try:
+            for place in places:
+                self._maps["rules"].update(KEY.pack(*place), net_layout.entry(open_port))
+            yield
+        finally:
+            for place in places:
+                closed = net_layout.entry(self._installed[place])
+                self._maps["rules"].update(KEY.pack(*place), closed)
 
     def _forget_trials(self) -> None:
         """What was tried so far was tried by us."""
-        self.read()
+        for _ in self.rest():
+            pass
         self._base = self._totals()
-
-    def _verify_socket(self, probe: Probe) -> None:
-        """A socket that is neither TCP nor UDP."""
-        # UDP-Lite (136) and MPTCP (262): whichever this kernel has reaches the hook.
-        before = self.hook_counts()["sock_create"]
-        tried = [probe(f"socket 2 {kind} {protocol}") for kind, protocol in ((2, 136), (1, 262))]
-        after = self.hook_counts()["sock_create"]
-        refused = after["denied"] + after["audited"] - before["denied"] - before["audited"]
-        if 0 in tried and self._enforce:
-            raise VerifyError("network guard sock_create: a forbidden socket was made")
-        if not refused and EPERM in tried:
-            raise VerifyError("network guard sock_create: the refusal was not counted")
-
-    def verify_xdp(self, netns: int) -> None:
-        """Frames sent in the agent's namespace, around every socket hook: dropped *and* counted.
-
-        Raises VerifyError.
-        """
-        before = self.hook_counts()
-        net_frames.inject(netns, net_frames.canaries(self._sources))
-        after = self.hook_counts()
-        for hook in ("packet4", "packet6"):
-            if after[hook]["denied"] <= before[hook]["denied"]:
-                raise VerifyError(f"network guard xdp: a forbidden {hook} was not dropped")
-        self._forget_trials()
-
-
-_NO_IPV6 = 97  # EAFNOSUPPORT
-
-
-def _entry(entry: rules.Entry) -> bytes:
-    ports = b"".join(PORT.pack(p.low, p.high, p.protocols, p.rule) for p in entry.ports)
-    return ENTRY.pack(len(entry.ports), entry.reason) + ports.ljust(
-        PORT.size * rules.MOST_PORTS, b"\0"
-    )
 
 
 @contextmanager
@@ -384,3 +301,18 @@ def attach(cgroup: Path, guard: NetGuard) -> Iterator[NetGuard]:
 def load(plan: NetPlan, *, enforce: bool) -> NetGuard:
     """Load the programs and fill their tables; nothing is attached. Raises SetupError."""
     return NetGuard(plan, enforce=enforce)
+
+
+@contextmanager
+def adopt(
+    plan: NetPlan, maps: Mapping[str, int], sources: tuple[str, str], *, enforce: bool
+) -> Iterator[NetGuard]:
+    """The guard of a run whose supervisor is gone, by the descriptors of its maps.
+
+    The programs stay attached as they are; ``sources`` are the agent's addresses.
+    """
+    guard = NetGuard(plan, enforce=enforce, maps=maps, sources=sources)
+    try:
+        yield guard
+    finally:
+        guard.close()

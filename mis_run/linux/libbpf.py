@@ -21,6 +21,8 @@ BPF_F_ALLOW_MULTI = 1 << 1
 XDP_FLAGS_SKB_MODE = 1 << 1
 XDP_FLAGS_DRV_MODE = 1 << 2
 ATTACH_TYPES = {
+    "ingress": 0,
+    "egress": 1,
     "sock_create": 2,
     "bind4": 8,
     "bind6": 9,
@@ -179,10 +181,11 @@ class Ring:
 
     def __init__(self, source: Map) -> None:
         self._samples: list[bytes] = []
+        self._most = 0
 
         def sample(_: int, data: int, size: int) -> int:
             self._samples.append(ctypes.string_at(data, size))
-            return 0
+            return 0 if len(self._samples) < self._most else -errno.EAGAIN
 
         self._keep = _Sample(sample)
         self._ring = _bpf().ring_new(source.fd, self._keep, None, None)
@@ -191,9 +194,14 @@ class Ring:
         """Readable when there are samples."""
         return _bpf().ring_fd(self._ring)
 
-    def drain(self) -> list[bytes]:
-        """All samples so far."""
-        _bpf().ring_consume(self._ring)
+    def drain(self, most: int) -> list[bytes]:
+        """The oldest samples, at most so many; the others stay, and the ring stays readable."""
+        self._most = most
+        try:
+            _bpf().ring_consume(self._ring)
+        except OSError as error:
+            if error.errno != errno.EAGAIN:  # ours: the sample is taken, the rest can wait
+                raise
         found, self._samples = self._samples, []
         return found
 

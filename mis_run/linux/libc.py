@@ -35,7 +35,8 @@ def _errcheck(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
     return result
 
 
-def _function(name: str, *argtypes: Any) -> Any:
+def function(name: str, *argtypes: Any) -> Any:
+    """libc's function with its prototype, raising OSError where it returns a negative number."""
     function = getattr(_libc, name)
     function.argtypes = argtypes
     function.restype = ctypes.c_int
@@ -44,14 +45,14 @@ def _function(name: str, *argtypes: Any) -> Any:
 
 
 _text = ctypes.c_char_p
-_unshare = _function("unshare", ctypes.c_int)
-_setns = _function("setns", ctypes.c_int, ctypes.c_int)
-_mount = _function("mount", _text, _text, _text, ctypes.c_ulong, _text)
-_umount2 = _function("umount2", _text, ctypes.c_int)
-_prctl = _function("prctl", ctypes.c_int, *[ctypes.c_ulong] * 4)
+_unshare = function("unshare", ctypes.c_int)
+_setns = function("setns", ctypes.c_int, ctypes.c_int)
+_mount = function("mount", _text, _text, _text, ctypes.c_ulong, _text)
+_umount2 = function("umount2", _text, ctypes.c_int)
+_prctl = function("prctl", ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 
-_syscall = _function("syscall", *[ctypes.c_long] * 4)
+_syscall = function("syscall", *[ctypes.c_long] * 4)
 _syscall.restype = ctypes.c_long
 _BPF = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, 321)
 

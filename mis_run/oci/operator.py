@@ -35,6 +35,9 @@ LOOSENINGS: Mapping[str, str] = {
 }
 """What containers may not have unless the operator's file lists it under ``allow``."""
 
+WAIVED = frozenset({Guarantee.FILE, Guarantee.EXEC})
+"""What profiles require of our own containers, and an engine's do not get yet."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
@@ -45,6 +48,7 @@ class Operator:
     profiles: Path | None = None  # a folder where profiles are looked up first
     allowed: tuple[str, ...] = ()  # profiles that containers may ask for, beside ``profile``
     minimum: frozenset[Guarantee] = frozenset()  # guarantees required whatever the profile says
+    waived: frozenset[Guarantee] = WAIVED  # guarantees that a profile's containers may lack
     from_environment: bool = False  # whether MIS_PROFILE of the container is looked at
     allow: frozenset[str] = frozenset()  # of LOOSENINGS
 
@@ -79,7 +83,10 @@ def load(path: str) -> Operator:
 
 def build(data: Mapping[str, Any]) -> Operator:
     """`Operator` from TOML values. Raises UsageError for the first that is wrong."""
-    known = ("runtime", "profile", "profiles", "allowed", "minimum", "from_environment", "allow")
+    known = [
+        *("runtime", "profile", "profiles", "allowed", "minimum", "allow_missing"),
+        *("from_environment", "allow"),
+    ]
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -93,10 +100,8 @@ def build(data: Mapping[str, Any]) -> Operator:
         profiles=_path(data, "profiles"),
         profile=name(data.get("profile", "default"), "profile"),
         allowed=tuple(name(entry, "allowed") for entry in _list(data, "allowed")),
-        minimum=frozenset(
-            Guarantee(_choice(entry, [g.value for g in Guarantee], "minimum"))
-            for entry in _list(data, "minimum")
-        ),
+        minimum=_guarantees(data, "minimum"),
+        waived=_guarantees(data, "allow_missing") if "allow_missing" in data else WAIVED,
         from_environment=environment,
         allow=frozenset(_choice(entry, [*LOOSENINGS], "allow") for entry in _list(data, "allow")),
     )
@@ -119,6 +124,11 @@ def _path(data: Mapping[str, Any], key: str) -> Path | None:
     if value is not None and not (isinstance(value, str) and value.startswith("/")):
         raise UsageError(f"{key}: must be an absolute path")
     return Path(value) if value else None
+
+
+def _guarantees(data: Mapping[str, Any], key: str) -> frozenset[Guarantee]:
+    names = [guarantee.value for guarantee in Guarantee]
+    return frozenset(Guarantee(_choice(entry, names, key)) for entry in _list(data, key))
 
 
 def _list(data: Mapping[str, Any], key: str) -> list[Any]:

@@ -63,6 +63,7 @@ def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str
         network=network,
         limits=_limits(profile.limits, host),
         host=host,
+        waived=operator.waived - operator.minimum,
     )
 
 
@@ -81,7 +82,7 @@ def _with_operator(profile: Profile, operator: Operator) -> Profile:
             f"profile {profile.name}: liveness.on_loss = 'open' is not possible for containers",
             hint="use 'closed': the container ends with its supervisor",
         )
-    return replace(profile, require=profile.require | operator.minimum)
+    return replace(profile, require=profile.require - operator.waived | operator.minimum)
 
 
 def _network(profile: Profile, spec: Spec, host: Host) -> NetPlan:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
-from mis_run import control, host, liveness, names, report, runtime, state, supervise
+from mis_run import briefing, control, host, liveness, names, report, runtime, state, supervise
 from mis_run.defcon import Tracker
 from mis_run.events import Event
 from mis_run.follow import Ending, Follower
@@ -44,6 +44,9 @@ class Watcher(Follower):
         """The engine starts it whenever it wants."""
         self.loop.remove(self.box.fileno())
         self._begin()
+
+    def _prove(self) -> None:
+        """Nothing: there is no process of ours inside that could try forbidden acts for us."""
 
     def _gone(self) -> None:
         self._finish(ENDED)
@@ -147,6 +150,8 @@ def _guarded(
         first = runtime.receive(place.listener)
         counted = on(counters.attach(group.unified, settings.counters, later=True))
         supervise.come_first()
+        info = run_dir.path / "info"
+        info.mkdir(mode=0o755)
         watcher = Watcher(
             loop=loop,
             plan=plan,
@@ -156,6 +161,7 @@ def _guarded(
             guards={"net": guard},
             tracker=tracker,
             counters=counted,
+            denials=briefing.Denials(info),
         )
 
         def close() -> None:
@@ -171,12 +177,21 @@ def _guarded(
         guard.canary_pid = 0
         counted.ready()
         watcher.listen(place.listener)
-        dog.watching(None)
+        dog.watching({})
         netns = None
         if plan.network.mode is not NetMode.HOST:
             netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, netns)
-        on(names.serve_plan(plan.network, netns, guard.update, watcher.emit_soon, resolver))
+        on(
+            names.serve_plan(
+                plan.network,
+                netns,
+                guard.update,
+                watcher.emit_soon,
+                enforce=enforce,
+                address=resolver,
+            )
+        )
         on(control.serve(loop, run_dir.path / "control.sock", watcher.request))
         dog.start(watcher.unwatched, watcher.dog_says)
         subject = _facts(order, plan, record)
@@ -204,6 +219,6 @@ def _facts(order: Order, plan: Plan, record: report.Record) -> dict[str, Any]:
         "workdir": str(plan.cwd),
         "network": plan.network.mode.value,
         "mechanisms": [m.name for m in plan.mechanisms if m.finding.ok],
-        "waived": [],
+        "waived": sorted(plan.waived),
         "record": str(record.path) if record.path else None,
     }

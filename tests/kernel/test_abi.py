@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from mis_run import rules
+from mis_run import table
 from mis_run.build import BUILT
-from mis_run.guards import net
+from mis_run.guards import net_layout as net
 
 LAYOUTS = {
     "mis_key": net.KEY,
@@ -74,5 +74,5 @@ def _fields(form: str) -> list[tuple[str, str]]:
 
 def test_entry(btf: dict[int, dict[str, Any]]) -> None:
     """An entry is its head and exactly MOST_PORTS ports."""
-    size = net.ENTRY.size + rules.MOST_PORTS * net.PORT.size
+    size = net.ENTRY.size + table.MOST_PORTS * net.PORT.size
     assert find(btf, "mis_entry")["size"] == size

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import secrets
+import select
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from mis_run import cgroup_detect, rules
 from mis_run.errors import VerifyError
 from mis_run.events import Verdict
-from mis_run.guards import net
+from mis_run.guards import net, net_events, net_layout
 from mis_run.linux import libc
 from mis_run.model import NetMode, NetPlan
 
@@ -98,7 +100,7 @@ def fast_open(address: str, port: int) -> Callable[[], object]:
 
 
 REFUSED = 111  # nobody listens: the guard let it through
-EPERM = 1
+EPERM, EINVAL = 1, 22
 INET, INET6, TCP, UDP = socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM, socket.SOCK_DGRAM
 
 ACTS = {
@@ -224,25 +226,29 @@ def test_defcon_level_denies_new_destinations(group: Path) -> None:
         assert inside(group, new) == REFUSED
 
 
+def try_act(group: Path, act: str) -> int:
+    """What the shim does with the words of a probe; its sockets do not block either."""
+    verb, *words = act.split()
+    if verb == "socket":
+        return inside(group, lambda: socket.socket(*map(int, words)).close())
+    family, kind, address, port = int(words[0]), int(words[1]), words[2], int(words[3])
+
+    def do() -> None:
+        with socket.socket(family, kind | socket.SOCK_NONBLOCK) as sock, suppress(BlockingIOError):
+            if verb == "send":
+                sock.sendto(b"x", (address, port))
+            else:
+                getattr(sock, verb)((address, port))
+
+    return inside(group, do)
+
+
 def test_verify_sees_a_guard_that_is_not_there(group: Path) -> None:
     """Verification passes with the programs attached and fails without: it is not a formality."""
     guard = net.load(plan(*RULES), enforce=True)
 
     def probe(act: str) -> int:
-        verb, *words = act.split()
-        if verb == "socket":
-            return inside(group, lambda: socket.socket(*map(int, words)).close())
-        family, kind, address, port = int(words[0]), int(words[1]), words[2], int(words[3])
-
-        def do() -> None:
-            with socket.socket(family, kind) as sock:
-                sock.settimeout(0.2)
-                if verb == "send":
-                    sock.sendto(b"x", (address, port))
-                else:
-                    getattr(sock, verb)((address, port))
-
-        return inside(group, do)
+        return try_act(group, act)
 
     with pytest.raises(VerifyError):
         guard.verify(probe)
@@ -252,14 +258,300 @@ def test_verify_sees_a_guard_that_is_not_there(group: Path) -> None:
         assert guard.counts().denied == 0
 
 
+@pytest.mark.parametrize("missing", net.PROGRAMS)
+def test_verify_sees_each_hook(missing: str, group: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any one program not attached, in either family, verification fails."""
+    attached = {kind: name for kind, name in net.PROGRAMS.items() if kind != missing}
+    monkeypatch.setattr(net, "PROGRAMS", attached)
+    guard = net.load(plan(*RULES), enforce=True)
+    with net.attach(group, guard), pytest.raises(VerifyError, match=missing):
+        guard.verify(lambda act: try_act(group, act))
+
+
+@pytest.mark.parametrize("liar", ["connect 10", "send 10", "bind 10", "connect 2"])
+def test_verify_counts_both_families(liar: str, group: Path) -> None:
+    """An act that is refused by something else than the guard proves nothing."""
+    guard = net.load(plan(*RULES), enforce=True)
+
+    def probe(act: str) -> int:
+        return EPERM if act.startswith(liar) else try_act(group, act)
+
+    with net.attach(group, guard), pytest.raises(VerifyError, match="not counted"):
+        guard.verify(probe)
+
+
+@pytest.mark.parametrize("enforce", [True, False])
+def test_the_heartbeat(enforce: bool, group: Path) -> None:
+    """A beat is refused, and is not the agent's; without the program it fails."""
+    guard = net.load(plan("*"), enforce=enforce)
+
+    def probe(act: str) -> int:
+        return try_act(group, act)
+
+    if enforce:
+        with pytest.raises(VerifyError, match="not refused"):
+            guard.beat(lambda act: 0)
+    with pytest.raises(VerifyError, match="not counted"):
+        guard.beat(lambda act: EPERM)
+    with net.attach(group, guard):
+        guard.beat(probe)
+        guard.beat(lambda act: EINVAL)  # not the guard's word: proves nothing, breaks nothing
+        assert guard.counts().denied == 0
+        assert guard.read() == []
+
+
+# ---- what the system calls' hooks do not see --------------------------------------------------
+
+LSRR = bytes([131, 7, 4]) + socket.inet_aton("127.0.0.9") + b"\0"  # one hop, then the end
+IP_RETOPTS, IPV6_RTHDR = 7, 57
+# Mobile IPv6 (RFC 6275): one address, the final one. Allowed once, where the kernel has it.
+RTHDR2 = bytes([0, 2, 2, 1, 0, 0, 0, 0]) + socket.inet_pton(socket.AF_INET6, "::1")
+# Segment routing (RFC 8754): to the second segment first; the kernel fills in the first.
+SRH = bytes([0, 4, 4, 1, 1, 0, 0, 0]) + bytes(16) + socket.inet_pton(socket.AF_INET6, "::1")
+
+
+def datagram(
+    family: int,
+    options: tuple[int, int, bytes] | None = None,
+    ancillary: tuple[int, int, bytes] | None = None,
+) -> Callable[[], object]:
+    """A datagram to the allowed port, with something that a packet carries."""
+    address = "127.0.0.1" if family == INET else "::1"
+
+    def act() -> None:
+        with socket.socket(family, UDP) as sock:
+            if options:
+                sock.setsockopt(*options)
+            sock.sendmsg([b"x"], [ancillary] if ancillary else [], 0, (address, ALLOWED))
+
+    return act
+
+
+ROUTED = {
+    "options": (datagram(INET, options=(socket.IPPROTO_IP, socket.IP_OPTIONS, LSRR)), "127.0.0.9"),
+    "options once": (datagram(INET, ancillary=(socket.IPPROTO_IP, IP_RETOPTS, LSRR)), "127.0.0.9"),
+    "header": (datagram(INET6, options=(socket.IPPROTO_IPV6, IPV6_RTHDR, SRH)), "[::1]"),
+    "header once": (datagram(INET6, ancillary=(socket.IPPROTO_IPV6, IPV6_RTHDR, RTHDR2)), "[::1]"),
+}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_routed_packets_are_refused(name: str, group: Path) -> None:
+    """Source routes and routing headers, set once or for the socket; plain packets pass."""
+    act, hop = ROUTED[name]
+    plain = datagram(INET6 if "header" in name else INET)
+    if inside(group, act) == EINVAL:
+        pytest.skip("this kernel takes no such header")
+    assert inside(group, act) == 0
+    with net.attach(group, net.load(plan("127.0.0.0/8", "[::1]"), enforce=True)) as guard:
+        assert inside(group, plain) == 0
+        assert guard.read() == []
+        assert inside(group, act) == EPERM
+        events = guard.read()
+        assert [event.kind for event in events] == ["net.route"]
+        assert events[0].subject["destination"].startswith(hop)
+        assert "IP options" in events[0].rule
+
+
+def test_routed_connections_are_dropped(group: Path) -> None:
+    """A connection with a source route gets no answer; without the guard it gets one."""
+
+    def act() -> None:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, LSRR)
+            sock.settimeout(0.3)
+            sock.connect(("127.0.0.1", ALLOWED))
+
+    with capture() as sent:
+        inside(group, act)
+        assert "127.0.0.9" in sent()
+    with net.attach(group, net.load(plan("127.0.0.0/8"), enforce=True)), capture() as sent:
+        inside(group, act)
+        assert "127.0.0.9" not in sent()
+        inside(group, connect(INET, TCP, "127.0.0.9", ALLOWED))  # the control: we would see it
+        assert "127.0.0.9" in sent()
+
+
+@contextmanager
+def capture() -> Iterator[Callable[[], set[str]]]:
+    """The IPv4 addresses that packets on loopback have gone to."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800)) as sock:
+        sock.bind(("lo", 0x0800))
+        sock.setblocking(False)
+
+        def seen() -> set[str]:
+            found = set()
+            with suppress(BlockingIOError):
+                while True:
+                    found.add(socket.inet_ntoa(sock.recv(100)[16:20]))
+            return found
+
+        yield seen
+
+
+@pytest.mark.parametrize(
+    ("listen", "heard"), [((), False), (("loopback",), True), ((f"*:{OTHER}",), False)]
+)
+@pytest.mark.parametrize("bound", [None, "any", "loopback"])
+@pytest.mark.parametrize("family", [INET, INET6])
+def test_listening_without_a_port(
+    family: int, bound: str | None, listen: tuple[str, ...], heard: bool, group: Path
+) -> None:
+    """A listener on a port that the kernel chose hears nobody unless a listen rule allows it."""
+    loopback, anywhere = ("127.0.0.1", "0.0.0.0") if family == INET else ("::1", "::")
+    address = {"any": anywhere, "loopback": loopback}.get(bound or "")
+    with listener(group, family, address) as port:
+        assert calls(family, loopback, port)  # the control: without the guard
+    guard = net.load(plan("*", listen=listen), enforce=True)
+    with net.attach(group, guard), listener(group, family, address) as port:
+        assert [calls(family, loopback, port) for _ in range(3)] == [heard] * 3
+        events = guard.read()
+        told = [event.subject["destination"].rsplit(":", 1)[1] for event in events]
+        assert told == ([] if heard else [str(port)])  # once, however many called
+        assert {event.kind for event in events} == (set() if heard else {"net.bind"})
+
+
+def test_a_listener_in_audit_mode_is_heard(group: Path) -> None:
+    """Without enforcement the caller gets through, and the event says so."""
+    guard = net.load(plan(), enforce=False)
+    with net.attach(group, guard), listener(group, INET, None) as port:
+        assert calls(INET, "127.0.0.1", port)
+        assert [event.verdict for event in guard.read()] == [Verdict.AUDIT]
+
+
+@contextmanager
+def listener(group: Path, family: int, bound: str | None) -> Iterator[int]:
+    """A process in the cgroup that listens until the end; its port."""
+    said, says = os.pipe()
+    ends, end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(end)
+        (group / "cgroup.procs").write_text("0")
+        with socket.socket(family, TCP) as sock:
+            if bound is not None:
+                sock.bind((bound, 0))
+            sock.listen()
+            os.write(says, struct.pack("i", sock.getsockname()[1]))
+            os.read(ends, 1)
+        os._exit(0)
+    os.close(ends)
+    try:
+        yield struct.unpack("i", os.read(said, 4))[0]
+    finally:
+        for fd in (said, says, end):
+            os.close(fd)
+        os.waitpid(pid, 0)
+
+
+def calls(family: int, address: str, port: int) -> bool:
+    """Whether somebody outside the cgroup is heard."""
+    with socket.socket(family, TCP) as sock:
+        sock.settimeout(0.2)
+        return sock.connect_ex((address, port)) == 0
+
+
+TOS = (socket.IPPROTO_IP, socket.IP_TOS, struct.pack("i", 0))
+TCLASS = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS, struct.pack("i", 0))
+ANCILLARY = {
+    "4": (INET, "127.0.0.1", TOS),
+    "6": (INET6, "::1", TCLASS),
+    "mapped": (INET6, "::ffff:127.0.0.1", TOS),
+}
+
+
+@pytest.mark.parametrize("name", ANCILLARY)
+def test_ancillary_data_on_a_connected_socket(name: str, group: Path) -> None:
+    """It goes to the peer and is judged as that, by the rules of the moment."""
+    family, address, ancillary = ANCILLARY[name]
+    mapped = address.removeprefix("::ffff:")
+    rule = f"[{mapped}]" if ":" in mapped else mapped
+
+    def act() -> None:
+        with socket.socket(family, UDP) as sock:
+            sock.connect((address, ALLOWED))
+            sock.sendmsg([b"x"], [ancillary])
+
+    with net.attach(group, net.load(plan(f"{rule}:{ALLOWED}"), enforce=True)) as guard:
+        assert inside(group, act) == 0
+        assert guard.read() == []
+
+
+def test_ancillary_data_is_no_way_around(group: Path) -> None:
+    """An address without a family is judged, not the peer; a peer allowed no more gets nothing."""
+    guard = net.load(plan(f"127.0.0.1:{ALLOWED}"), enforce=True)
+
+    def without_family() -> None:
+        # udp_sendmsg takes AF_UNSPEC for AF_INET, so only the port says whether there is one.
+        with socket.socket(INET, UDP) as sock:
+            sock.connect(("127.0.0.1", ALLOWED))
+            to = struct.pack("=H", 0) + struct.pack("!H4s8x", OTHER, socket.inet_aton("127.0.0.1"))
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.sendto(sock.fileno(), b"x", 1, 0, to, len(to)) < 0:
+                raise OSError(ctypes.get_errno(), "sendto")
+
+    def no_more() -> None:
+        with socket.socket(INET, UDP) as sock:
+            sock.connect(("127.0.0.1", ALLOWED))
+            guard._parsed.clear()
+            guard.update({})
+            sock.sendmsg([b"x"], [TOS])
+
+    assert inside(group, without_family) == 0
+    with net.attach(group, guard):
+        assert inside(group, without_family) == EPERM
+        assert inside(group, no_more) == EPERM
+        told = [event.subject["destination"] for event in guard.read()]
+        assert told == [f"127.0.0.1:{OTHER}", f"127.0.0.1:{ALLOWED}"]
+
+
+def test_a_flood_of_events_is_read_in_turns(group: Path) -> None:
+    """One read has a bounded batch, the descriptor stays readable, and nothing is lost."""
+    count = 3 * net.BATCH + 5
+
+    def flood() -> None:
+        with socket.socket(INET, UDP) as sock:
+            for _ in range(count):
+                with suppress(PermissionError):
+                    sock.sendto(b"x", ("127.0.0.1", OTHER))
+
+    with net.attach(group, net.load(plan(), enforce=True)) as guard:
+        assert inside(group, flood) == 0
+        batches = []
+        while select.select([guard.fileno()], [], [], 0)[0]:
+            batches.append(len(guard.read()))
+        assert batches == [net.BATCH] * 3 + [5]
+        assert inside(group, flood) == 0
+        assert len(list(guard.rest())) == count
+        assert guard.counts().denied == 2 * count
+        assert guard.counts().events_lost == 0
+
+
+def test_lost_events_are_told(group: Path) -> None:
+    """What found the ring buffer full is told as a number: read and lost are all there were."""
+    count = 5000
+
+    def flood() -> None:
+        with socket.socket(INET, UDP) as sock:
+            for _ in range(count):
+                with suppress(PermissionError):
+                    sock.sendto(b"x", ("127.0.0.1", OTHER))
+
+    with net.attach(group, net.load(plan(), enforce=True)) as guard:
+        assert inside(group, flood) == 0
+        events = [*guard.read(), *guard.rest()]
+        lost = sum(event.subject["events"] for event in events if event.kind == "net.lost")
+        assert lost == guard.counts().events_lost > 0
+        assert len([event for event in events if event.kind == "net.send"]) + lost == count
+        assert list(guard.rest()) == []
+
+
 @given(st.binary(max_size=200))
 def test_malformed_events_never_raise(raw: bytes) -> None:
     """Any bytes from the ring buffer give an event or nothing."""
-    guard = object.__new__(net.NetGuard)
-    guard._texts = ("one", "default", "raised")
-    guard.canary_pid = 0
-    guard._event(raw)
-    guard._event(raw.ljust(net.EVENT.size, b"\xff")[: net.EVENT.size])
+    size = net_layout.EVENT.size
+    for sample in (raw, raw.ljust(size, b"\xff")[:size]):
+        net_events.read(sample, ("one", "default", "raised"))
 
 
 # ---- XDP, packet by packet, through BPF_PROG_TEST_RUN ----------------------------------------

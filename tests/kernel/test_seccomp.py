@@ -203,13 +203,23 @@ def test_denials_are_late_by_what_defcon_says(
             theirs = struct.unpack("=40d", reports.recv(4096))
         return statistics.median(times), statistics.median(theirs)
 
-    ours, theirs = [], []
-    for _ in range(5):
+    # A busy machine adds its own noise to a wait of 0.1 ms: rounds are added until the median is
+    # precise, and a delay that is wrong never becomes right.
+    ours: list[float] = []
+    theirs: list[float] = []
+    while len(ours) < 5 or (not right(ours, delay) and len(ours) < 40):
         with_delay, without = medians(delay), medians(0.0)
         ours.append(with_delay[0] - without[0])
         theirs.append(with_delay[1])
-    assert 0.8 * delay <= statistics.median(ours) <= 1.2 * delay, ours
+    assert right(ours, delay), ours
     assert statistics.median(theirs) >= delay
+
+
+def right(measured: list[float], delay: float) -> bool:
+    """Whether what was measured is ``delay``, within 20 %; noise only adds, so the better half
+    of the rounds is asked."""
+    better = sorted(measured)[: (len(measured) + 1) // 2]
+    return 0.8 * delay <= statistics.median(better) <= 1.2 * delay
 
 
 def test_slowness_is_the_callers_alone() -> None:

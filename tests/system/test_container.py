@@ -88,7 +88,7 @@ def container(spec: dict[str, Any]) -> Iterator[runtime.Box]:
         stack.callback(remove_cgroups, run_id)
         root = stack.enter_context(rootfs.mount(plan, folder, rootfs.etc_files(())))
         inside = bundle.Inside(
-            root=root,
+            root=root.path,
             netns="",
             # Not below /mis: whatever has no live mis-run there is swept by the next launch.
             cgroups_path=f"/mis-test-{run_id}",

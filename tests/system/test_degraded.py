@@ -59,11 +59,6 @@ CASES = {
         f"setpriv --bounding-set -all --inh-caps -all {RUN} -- true",
         ("Permission denied", "hint:"),
     ),
-    "a guarantee of a later version": (
-        f'printf \'extends = "default"\\n[require]\\nguarantees = ["file"]\\n\' > p.toml; '
-        f"chmod 644 p.toml; {RUN} -p ./p.toml -- true",
-        ("requires 'file'", "--allow-missing file"),
-    ),
 }
 
 
@@ -88,10 +83,6 @@ WORKS = {
         "unshare -n sh -c 'echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; "
         "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6; "
         f"{RUN} --allow-net [2001:db8::1]:80 -- echo here'"
-    ),
-    "waived guarantee of a later version": (
-        f'printf \'extends = "default"\\n[require]\\nguarantees = ["file"]\\n\' > p.toml; '
-        f"chmod 644 p.toml; {RUN} --allow-missing file -p ./p.toml -- echo here"
     ),
     "standard input and output closed": f"{RUN} -- true <&- >&-; echo here",
 }

@@ -33,7 +33,6 @@ PROFILES = {
     "files": '[files]\ndeny = ["/etc/secret"]\nprotect = ["$WORKSPACE/.git/hooks"]',
     "patient": "[defcon]\nthresholds = [1000, 2000, 3000, 4000]",
     "audit": "[mode]\nenforce = false",
-    "needs-file": '[require]\nguarantees = ["file"]',
 }
 EPERM, ECONNREFUSED, EFAULT = 1, 111, 14
 TTY = "/dev/pts/0"
@@ -392,7 +391,6 @@ def test_many_at_once(engine: Engine) -> None:
         (("--pid", "host"), "host's pid namespace"),
         (("-e", "MIS_PROFILE=../../etc/passwd"), "no profile name"),
         (("-e", "MIS_PROFILE=coding-agent"), "not allowed for containers here"),
-        (("-e", "MIS_PROFILE=needs-file"), "requires 'file'"),
     ],
 )
 def test_refusals(engine: Engine, options: tuple[str, ...], words: str) -> None:

@@ -118,6 +118,43 @@ def test_rebinding_is_refused(elsewhere: TestHost, workspace: Path) -> None:
     assert {e["subject"]["address"] for e in told} == {"198.18.77.1", "169.254.169.254"}
 
 
+def test_a_name_may_point_where_a_rule_points(elsewhere: TestHost, workspace: Path) -> None:
+    """A rule for the host's own address lets a name point there, to the port of that rule only."""
+    import socket
+
+    with socket.create_server(("198.18.77.1", 0)) as service:
+        port = service.getsockname()[1]
+        named = ("--allow-net", "rebind.example", "--allow-net", f"198.18.77.1:{port}")
+        options = ("-p", "./profile.toml", *named)
+        code = (
+            "import socket, sys; print(socket.gethostbyname('rebind.example')); "
+            "socket.create_connection(('rebind.example', int(sys.argv[1])), 2)"
+        )
+        base = ("/usr/bin/python3", "-c", code)
+        done = run(*base, str(port), cwd=workspace, options=options)
+        assert (done.code, done.out) == (0, "198.18.77.1\n"), (done.out, done.err)
+        other = run(*base, "22", cwd=workspace, options=options)
+        assert other.code != 0
+        assert other.denied("net.connect"), other.events
+
+
+def test_audit_mode_resolves_every_name(
+    elsewhere: TestHost, workspace: Path, tmp_path: Path
+) -> None:
+    """Without enforcement a name that no rule has is resolved and told; with it it is refused."""
+    with (tmp_path / "zone").open("a") as zone:
+        zone.write(f"other.example {HOST4} 5\n")
+    rule = ("--allow-net", f"api.example:{PORT}")
+    refused = talk("other.example", *rule, cwd=workspace)
+    assert refused.code != 0  # type: ignore[attr-defined]
+    with (workspace / "profile.toml").open("a") as profile:
+        profile.write("[mode]\nenforce = false\n")
+    done = talk("other.example", *rule, cwd=workspace)
+    assert done.code == 0, (done.out, done.err)  # type: ignore[attr-defined]
+    told = done.denied("net.resolve")  # type: ignore[attr-defined]
+    assert {(e["subject"]["name"], e["verdict"]) for e in told} == {("other.example", "audit")}
+
+
 REFRESH = """
 import socket, sys, time
 seen = []

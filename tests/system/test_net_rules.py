@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import HOST4, HOST6, OTHER_PORT, PORT, TestHost, host_elsewhere, run
+from harness import HOST4, HOST6, OTHER_PORT, PORT, TestHost, host_elsewhere, run, start
 
 pytestmark = pytest.mark.root
 
@@ -38,6 +38,21 @@ def raw():
     with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_UDP) as sock:
         sock.sendto(b"x", (address, 0))
     return b"echo "
+def routed():
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        # Segment routing (RFC 8754) by way of a host that no rule allows; needs no privilege.
+        hop = socket.inet_pton(socket.AF_INET6, "2001:db8:77::3")
+        header = bytes([0, 4, 4, 1, 1, 0, 0, 0]) + bytes(16) + hop
+        sock.setsockopt(socket.IPPROTO_IPV6, 57, header)  # IPV6_RTHDR
+        print("routed")
+        sock.sendto(word.encode(), (address, port))
+        return b"echo "
+def connected_with_ancillary_data():
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(3)
+        sock.connect((address, port))
+        sock.sendmsg([word.encode()], [(socket.IPPROTO_IP, socket.IP_TOS, bytes(4))])
+        return sock.recv(100)
 def mapped():
     with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
         sock.settimeout(3)
@@ -198,3 +213,60 @@ def test_network_host_is_guarded_at_the_cgroup(elsewhere: TestHost, workspace: P
     options = ("--net", "host", *ALLOW)
     assert run(*base, str(PORT), "hostmode", cwd=workspace, options=options).code == 0
     assert run(*base, str(OTHER_PORT), "hostmode", cwd=workspace, options=options).code == 7
+
+
+@pytest.mark.parametrize("mode", ["guarded", "host"])
+def test_source_routes_are_refused(mode: str, elsewhere: TestHost, workspace: Path) -> None:
+    """A packet to an allowed host by way of another one is refused; in audit mode it is sent."""
+    base = ("/usr/bin/python3", "act.py", "routed", "6", HOST6, str(PORT), "routed")
+    done = run(*base, cwd=workspace, options=("--net", mode, *ALLOW))
+    assert done.code == 7, (done.out, done.err)
+    assert done.out.startswith("routed")
+    shown = [event["subject"]["destination"] for event in done.denied("net.")]
+    assert shown == ["[2001:db8:77::3]:0"], done.events
+    audited = run(*base, cwd=workspace, options=("--profile", "trace", "--net", "host", *ALLOW))
+    assert audited.code == 0, (audited.out, audited.err)
+    assert [event["verdict"] for event in audited.denied("net.route")] == ["audit"]
+
+
+@pytest.mark.parametrize("mode", ["guarded", "host"])
+def test_ancillary_data_is_no_violation(mode: str, elsewhere: TestHost, workspace: Path) -> None:
+    """A connected socket may send ancillary data to its peer, where a rule allows that."""
+    base = ("/usr/bin/python3", "act.py", "connected_with_ancillary_data", "4", HOST4)
+    options = ("--net", mode, *ALLOW)
+    done = run(*base, str(PORT), "ancillary", cwd=workspace, options=options)
+    assert done.code == 0, (done.out, done.err)
+    assert not done.denied(), done.events
+    assert run(*base, str(OTHER_PORT), "ancillary", cwd=workspace, options=options).code == 7
+
+
+LISTENER = """
+import socket, time
+with socket.socket() as sock:
+    sock.listen()
+    print(sock.getsockname()[1], flush=True)
+    time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize(("listen", "heard"), [("loopback", False), ("*", True)])
+def test_a_listener_without_a_port(
+    listen: str, heard: bool, elsewhere: TestHost, workspace: Path
+) -> None:
+    """In host mode a listener that never asked for a port hears whom a listen rule allows."""
+    import socket
+
+    profile = workspace / "profile.toml"
+    profile.write_text(f'extends = "default"\n[network]\nmode = "host"\nlisten = ["{listen}"]\n')
+    words = ("/usr/bin/python3", "-c", LISTENER)
+    process = start(*words, cwd=workspace, options=("-p", "./profile.toml"))
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        for address, expected in (("127.0.0.1", True), ("198.18.77.1", heard)):
+            with socket.socket() as sock:
+                sock.settimeout(0.5)
+                assert (sock.connect_ex((address, port)) == 0) == expected
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)

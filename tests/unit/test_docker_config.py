@@ -226,5 +226,5 @@ def test_the_real_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     found = config.runtimes()
     assert {"mis", "mis-ci-untrusted", "mis-coding-agent"} <= {*found}
-    assert "mis-learn" not in found
+    assert "mis-trace" not in found
     assert all(Path(one["path"]).is_absolute() for one in found.values())

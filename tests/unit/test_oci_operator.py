@@ -40,6 +40,7 @@ def test_the_whole_file() -> None:
         from_environment=True,
         allow=frozenset({"audit"}),
     )
+    assert build({"allow_missing": []}).waived == frozenset()
     assert build({}) == Operator()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ KIM = Caller(
 ALL = (
     *("root", "cgroup-v2", "runtime", "overlay", "netns", "nftables", "cgroup-bpf", "xdp", "ipv6"),
     *("memory", "cpu", "pids", "io", "perf-cgroup", "seccomp-notify", "watchdog"),
+    "fanotify",
 )
 
 
@@ -87,6 +87,7 @@ def test_basics_cannot_be_waived(missing: str) -> None:
         ("memory", Guarantee.LIMITS),
         ("seccomp-notify", Guarantee.ESCAPE),
         ("watchdog", Guarantee.LIVENESS),
+        ("fanotify", Guarantee.FILE),
     ],
 )
 def test_required_guarantees_refuse_unless_waived(missing: str, guarantee: Guarantee) -> None:
@@ -94,7 +95,8 @@ def test_required_guarantees_refuse_unless_waived(missing: str, guarantee: Guara
     with pytest.raises(MissingGuarantee, match=missing) as raised:
         plan.check(make(machine(missing)))
     assert f"--allow-missing {guarantee}" in raised.value.hint
-    plan.check(make(machine(missing), allow_missing=frozenset([guarantee])))
+    waived = {guarantee} | ({Guarantee.EXEC} if guarantee is Guarantee.FILE else set())
+    plan.check(make(machine(missing), allow_missing=frozenset(waived)))
 
 
 @pytest.mark.parametrize("missing", ["cgroup-bpf", "xdp", "nftables", "netns"])
@@ -112,16 +114,6 @@ def test_ipv6_only_where_a_rule_needs_it() -> None:
     assert make(allow_net=("[2001:db8::1]:1",)).network.ipv6
     assert make(allow_net=("api.example:1",)).network.ipv6
     assert not make(machine("ipv6"), allow_net=("[2001:db8::1]:1",)).network.ipv6
-
-
-def test_open_on_loss_is_refused() -> None:
-    """What is not there yet is refused, not ignored."""
-    profile = profiles.load("default")
-    loose = dataclasses.replace(
-        profile, liveness=dataclasses.replace(profile.liveness, on_loss="open")
-    )
-    with pytest.raises(UsageError, match="on_loss"):
-        plan.make(Options(command=("true",), workdir=Path("/srv/w")), loose, machine(), KIM)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,294 @@
+"""The file guard and the exec gate: every open and every exec of the container is answered here.
+
+The kernel asks with a descriptor of the very object (fanotify(7), FAN_OPEN_PERM and
+FAN_OPEN_EXEC_PERM), so no spelling, link or race changes what is judged: the object's own place in
+the tree, its inode, and for programs its content.  An "allow" is remembered by the kernel until the
+object is modified or the rules change; a denial is given late, as DEFCON says.
+
+While nobody answers the agent waits, and `attach` gives copies of the descriptor to whoever must
+outlive us.  Out of scope: folders, and what has no open (create, remove, rename): the mounts
+decide.  docs/decisions/file-guard.md has the mechanism and its limits.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import stat
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+
+from mis_run.defcon import CALM, Effects
+from mis_run.errors import SetupError, VerifyError
+from mis_run.events import Event, Guarantee, Verdict
+from mis_run.file_rules import Effect, Rule
+from mis_run.guards.file_judge import Judge
+from mis_run.guards.file_policy import Identity, Policy
+from mis_run.guards.marks import Marks
+from mis_run.late import Late, late
+from mis_run.linux import abi, fanotify, tasks
+from mis_run.linux.fanotify import Opened
+from mis_run.model import Finding
+
+Probe = Callable[[str], int]
+DELETED = " (deleted)"
+
+
+def supported() -> dict[str, Finding]:
+    """``fanotify``: whether the kernel takes a permission mark, tried on a file of our own."""
+    fix = "use a kernel with CONFIG_FANOTIFY_ACCESS_PERMISSIONS=y, and run as root"
+    memory = os.memfd_create("mis-fanotify")
+    try:
+        group = fanotify.group()
+        try:
+            fanotify.mark_object(group, memory)
+        finally:
+            os.close(group)
+    except OSError as error:
+        why = f"fanotify permission events: {os.strerror(error.errno or 0)}"
+        return {"fanotify": Finding(False, why, fix)}
+    finally:
+        os.close(memory)
+    return {"fanotify": Finding(True, "permission events on the container's own mounts")}
+
+
+class FileGuard:
+    """Answers for one container. ``enforce`` may be changed while it runs."""
+
+    def __init__(
+        self,
+        group: int,
+        marks: Marks,
+        slow: Late,
+        policy: Policy,
+        canary: Identity,
+        *,
+        init: int,
+        enforce: bool,
+        delay: Callable[[], float],
+        effects: Callable[[], Effects],
+    ) -> None:
+        self.enforce = enforce
+        self.group = group
+        self.canaries = 0
+        """How often the canary was met by the container's init: the guard works."""
+        self._marks = marks
+        self._late = slow
+        self._judge = Judge(policy, canary)
+        self._canary = canary
+        self._init = init
+        self._delay = delay
+        self._effects = effects
+        self._judge.effects = effects()
+        self._proving = False
+        self._waiting: deque[Opened] = deque()
+        self._more = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        for fd in (group, slow.fileno(), self._more):
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def fileno(self) -> int:
+        """Readable while `read` has something to do."""
+        return self._epoll.fileno()
+
+    def close(self) -> None:
+        """Deny what waits here; copies of the group keep everything later waiting."""
+        while self._waiting:
+            self._finish(self._waiting.popleft(), allow=False)
+        self._epoll.close()
+        os.close(self._more)
+
+    def read(self) -> list[Event]:
+        """Answer what waits and what is due; never blocks longer than `late.LEAD`.
+
+        Ends with the first violation: what it does to the DEFCON level must be in force before the
+        next open is judged, and the caller counts.
+        """
+        self._late.run()
+        self._follow_defcon()
+        events: list[Event] = []
+        if not self._waiting:
+            self._receive(events)
+        while self._waiting and not events:
+            opened = self._waiting.popleft()
+            if (event := self._handle(opened)) is not None:
+                events.append(event)
+        if self._waiting:
+            os.eventfd_write(self._more, 1)
+        else:
+            with suppress(BlockingIOError):  # it said nothing
+                os.eventfd_read(self._more)
+        self._late.run()
+        return events
+
+    def verify(self, probe: Probe) -> None:
+        """Have the shim open and execute the canary, and files of other mounts, and see each
+        denied and counted. Raises VerifyError.  ``probe`` must turn the loop that calls `read`."""
+        from mis_run.bundle import INFO
+
+        self._proving = True
+        try:
+            for act in (f"open 0 {INFO}/canary", f"exec {INFO}/canary", "open 0 /etc/hosts"):
+                self._try(probe, act)
+        finally:
+            self._proving = False
+
+    def beat(self, probe: Probe) -> None:
+        """The canary opened by the container's init, seen here, as heartbeat; and every mount
+        still marked. Raises VerifyError."""
+        from mis_run.bundle import INFO
+
+        self._marks.update()
+        self._try(probe, f"open 0 {INFO}/canary")
+
+    def _try(self, probe: Probe, act: str) -> None:
+        before = self.canaries
+        met = probe(act)
+        if self.canaries == before:
+            raise VerifyError(
+                f"file guard: '{act}' inside the container was not seen here "
+                f"(it met {abi.error(met)})",
+                hint="mis doctor",
+            )
+        if self.enforce and met != errno.EPERM:
+            raise VerifyError(
+                f"file guard: '{act}' inside the container met {abi.error(met)}, not EPERM",
+                hint="mis doctor",
+            )
+
+    # ---- one open -------------------------------------------------------------------------
+
+    def _receive(self, events: list[Event]) -> None:
+        try:
+            self._waiting.extend(fanotify.receive(self.group))
+        except OSError as error:  # the kernel denied it: not the agent's fault, so no violation
+            events.append(
+                Event(
+                    kind="file.unanswerable",
+                    guard=Guarantee.FILE,
+                    subject={"why": error.strerror or str(error)},
+                )
+            )
+
+    def _handle(self, opened: Opened) -> Event | None:
+        facts = os.fstat(opened.fd)
+        identity = (facts.st_dev, facts.st_ino)
+        if (self._proving or identity == self._canary) and self._is_canary(opened, identity):
+            self.canaries += 1
+            self._finish(opened, allow=not self.enforce)
+            return None
+        path = _path(opened.fd, facts)
+        rule = self._judge.judge(opened, path, facts)
+        if rule is None:
+            self._allow(opened, path, facts)
+            return None
+        event = self._event(opened, path, rule)
+        if not self.enforce:
+            self._finish(opened, allow=True)
+        elif delay := self._delay():
+            self._late.push(time.monotonic() + delay, partial(self._finish, opened, allow=False))
+        else:
+            self._finish(opened, allow=False)
+        return event
+
+    def _is_canary(self, opened: Opened, identity: Identity) -> bool:
+        """The init's own attempts; a child of its executes the canary before there is an agent."""
+        if self._proving and identity == self._canary:
+            return True
+        return opened.thread == self._init
+
+    # ---- answering ------------------------------------------------------------------------
+
+    def _allow(self, opened: Opened, path: str, facts: os.stat_result) -> None:
+        """Let it go on, and have the kernel remember that where one object has one name."""
+        if (
+            facts.st_nlink == 1
+            and stat.S_ISREG(facts.st_mode)
+            and self._marks.one_name(facts.st_dev)
+        ):
+            mask = fanotify.OPEN_EXEC_PERM if opened.executes else fanotify.OPEN_PERM
+            fanotify.ignore(self.group, opened.fd, mask)
+        self._finish(opened, allow=True)
+
+    def _finish(self, opened: Opened, *, allow: bool) -> None:
+        # Closed first: our end of a FIFO would be a peer to whoever is let through.
+        os.close(opened.fd)
+        fanotify.answer(self.group, opened.fd, allow=allow)
+
+    def _follow_defcon(self) -> None:
+        """A changed level makes what the kernel remembers of the old one void."""
+        effects = self._effects()
+        if effects != self._judge.effects:
+            self._judge.effects = effects
+            fanotify.forget(self.group)
+
+    def _event(self, opened: Opened, path: str, rule: Rule) -> Event:
+        process, comm = tasks.who(opened.thread)
+        subject: dict[str, object] = {"path": path}
+        if process != opened.thread:
+            subject["thread"] = opened.thread
+        verdict = Verdict.KILL if rule.effect is Effect.KILL else Verdict.DENY
+        return Event(
+            kind="exec.run" if opened.executes else "file.open",
+            verdict=verdict if self.enforce else Verdict.AUDIT,
+            guard=Guarantee.EXEC if opened.executes else Guarantee.FILE,
+            pid=process,
+            comm=comm,
+            subject=subject,
+            rule=rule.text,
+        )
+
+
+def _path(fd: int, facts: os.stat_result) -> str:
+    """The object's place in the container's tree, as the kernel knows it (d_path)."""
+    path = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - asked thousands of times
+    return path.removesuffix(DELETED) if facts.st_nlink == 0 else path
+
+
+@contextmanager
+def attach(
+    pid: int,
+    policy: Policy,
+    canary: Identity,
+    *,
+    group: int | None = None,
+    enforce: bool = True,
+    delay: Callable[[], float] = lambda: 0.0,
+    effects: Callable[[], Effects] = lambda: CALM,
+) -> Iterator[FileGuard]:
+    """Mark the mounts of the container whose init is ``pid`` and answer until the context ends.
+
+    ``canary`` is the file that is always denied; ``group`` one that already marks them, taken over
+    from a supervisor that is gone.  Raises SetupError, VerifyError.
+    """
+    try:
+        group = fanotify.group() if group is None else group
+    except OSError as error:
+        raise SetupError(f"file guard: {error.strerror}", hint="mis doctor") from error
+    try:
+        marks = Marks(group, pid)
+        marks.update()
+        fanotify.forget(group)
+        with late() as slow:
+            guard = FileGuard(
+                group,
+                marks,
+                slow,
+                policy,
+                canary,
+                init=pid,
+                enforce=enforce,
+                delay=delay,
+                effects=effects,
+            )
+            try:
+                yield guard
+            finally:
+                slow.flush()
+                guard.close()
+    finally:
+        os.close(group)

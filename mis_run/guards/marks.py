@@ -1,0 +1,165 @@
+"""Which mounts of a container the file guard asks about, marked and seen to be marked.
+
+A mark belongs to one mount of one mount namespace: the container's mounts are its own, so the
+host's are never touched.  What mounts there are is read from the kernel, not from our own
+configuration, and every mark is checked by mount id before anything relies on it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from mis_run.cgroup_detect import unescape
+from mis_run.errors import VerifyError
+from mis_run.linux import fanotify
+
+PSEUDO = frozenset({"proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2"})
+"""File systems of the kernel's own: no programs, no files of anybody's.  procfs refuses permission
+marks (EINVAL); opening a terminal to judge it could make it ours.  Masked paths, the pid namespace
+and mount options guard them."""
+DEVICES = "/dev"
+"""A tmpfs of device nodes (noexec, writable by root only): opening one to judge it would act."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of mountinfo."""
+
+    id: int
+    device: str  # MAJOR:MINOR of the superblock
+    root: str  # what of it is mounted
+    point: str
+    kind: str
+
+    @property
+    def judged(self) -> bool:
+        """Whether opens on it are asked about."""
+        return self.kind not in PSEUDO and self.point != DEVICES
+
+
+def mounts(pid: int) -> list[Mount]:
+    """The mounts of a process's mount namespace, in mount order."""
+    with open(f"/proc/{pid}/mountinfo", "rb") as file:
+        return parse(os.fsdecode(file.read()))
+
+
+def parse(text: str) -> list[Mount]:
+    """What proc_pid_mountinfo(5) says: field 1 the id, 5 the point, after `` - `` the type."""
+    found = []
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        fields = before.split(" ")
+        root, point = unescape(fields[3]), unescape(fields[4])
+        found.append(Mount(int(fields[0]), fields[2], root, point, after.split(" ")[0]))
+    return found
+
+
+def ambiguous(found: Iterable[Mount]) -> frozenset[str]:
+    """Devices of which an object is shown at two places: what the kernel remembers of it is per
+    object, so there it must not remember anything."""
+    by_device: dict[str, list[Mount]] = {}
+    for mount in found:
+        if mount.judged:
+            by_device.setdefault(mount.device, []).append(mount)
+    return frozenset(
+        device
+        for device, mounts in by_device.items()
+        if any(_differ(a, b) for a in mounts for b in mounts)
+    )
+
+
+def _differ(outer: Mount, inner: Mount) -> bool:
+    """Whether ``inner`` shows a part of ``outer`` somewhere else than ``outer`` itself does."""
+    top = outer.root.rstrip("/")
+    if inner.root != outer.root and not inner.root.startswith(f"{top}/"):
+        return False
+    below = inner.root[len(top) :].strip("/")
+    return inner.point.rstrip("/") != f"{outer.point.rstrip('/')}/{below}".rstrip("/")
+
+
+class Marks:
+    """The marks of one fanotify group on one container."""
+
+    def __init__(self, group: int, pid: int) -> None:
+        self._group = group
+        self._pid = pid
+        self._two_names: frozenset[str] = frozenset()
+
+    def one_name(self, device: int) -> bool:
+        """Whether no two mounts show the same object of ``device`` at different places."""
+        return f"{os.major(device)}:{os.minor(device)}" not in self._two_names
+
+    def update(self) -> list[Mount]:
+        """Mark every mount that has no mark yet; the new ones. Raises VerifyError."""
+        before = fanotify.marked(self._group)
+        now = mounts(self._pid)
+        new = [m for m in now if m.judged and m.id not in before]
+        if not new:
+            return []
+        self._two_names = ambiguous(now)
+        with _root(self._pid) as root:
+            reachable = [mount for mount in new if self._mark(root, mount)]
+        marked = fanotify.marked(self._group)
+        for mount in reachable:
+            if marked.get(mount.id, 0) & fanotify.BOTH != fanotify.BOTH:
+                raise VerifyError(
+                    f"file guard: the mount at {mount.point} has no mark", hint="mis doctor"
+                )
+        return reachable
+
+    def _mark(self, root: int, mount: Mount) -> bool:
+        """False for a mount that lies under another one, where nobody can open anything."""
+        with _walk(root, mount.point) as fd:
+            if fd is None or _mount_id(fd) != mount.id:
+                return False
+            try:
+                fanotify.mark_mount(self._group, fd)
+            except OSError as error:
+                raise VerifyError(
+                    f"file guard: the {mount.kind} mount at {mount.point} cannot be guarded: "
+                    f"{error.strerror}",
+                    hint="mis doctor",
+                ) from error
+        return True
+
+
+@contextmanager
+def _root(pid: int) -> Iterator[int]:
+    fd = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _walk(root: int, path: str) -> Iterator[int | None]:
+    """An O_PATH descriptor of ``path`` below ``root``, one component at a time: no link is
+    followed, so nothing in the container leads us to a mount that is not its own."""
+    at = os.dup(root)
+    try:
+        for part in path.strip("/").split("/"):
+            if not part:
+                continue
+            try:
+                below = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+            except OSError:  # covered by another mount, or gone
+                yield None
+                return
+            os.close(at)
+            at = below
+        yield at
+    finally:
+        os.close(at)
+
+
+def _mount_id(fd: int) -> int:
+    """The id of the mount behind a descriptor, as in mountinfo (proc_pid_fdinfo(5))."""
+    with open(f"/proc/self/fdinfo/{fd}") as file:
+        for line in file:
+            if line.startswith("mnt_id:"):
+                return int(line.split()[1])
+    return -1

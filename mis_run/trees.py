@@ -1,0 +1,60 @@
+"""Removing a folder of ours without ever removing what is only mounted in it.
+
+The supervisor's mount namespace shows whole root file systems below a run's folder, and its
+watchdog, which cleans up after a SIGKILL, lives in the same namespace.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from mis_run.cgroup_detect import unescape
+from mis_run.linux import libc
+
+
+def remove(top: Path) -> bool:
+    """Unmount what is mounted below ``top`` (here: other namespaces keep theirs), then remove it.
+
+    False when something could not be unmounted (then nothing is removed) or removed.  A mount
+    that appears meanwhile is not entered: only the file system of ``top`` is.
+    """
+    for point in _mounts_below(str(top)):
+        with suppress(OSError):  # the next lines see that it is still there
+            libc.umount(point, libc.MNT_DETACH)
+    if _mounts_below(str(top)):
+        return False
+    try:
+        device = os.lstat(top).st_dev
+    except FileNotFoundError:
+        return True
+    return _remove(str(top), device)
+
+
+def _mounts_below(top: str) -> list[str]:
+    """Mount points at or below ``top``, last mounted first."""
+    points = [
+        unescape(line.split(" ")[4])
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+    ]
+    return [point for point in reversed(points) if f"{point}/".startswith(f"{top}/")]
+
+
+def _remove(path: str, device: int) -> bool:
+    facts = os.lstat(path)
+    if facts.st_dev != device:
+        return False
+    if not os.path.isdir(path) or os.path.islink(path):  # noqa: PTH112, PTH114 - no Path per file
+        os.unlink(path)  # noqa: PTH108
+        return True
+    clean = True
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                clean &= _remove(entry.path, device)
+            except OSError:
+                clean = False
+    if clean:
+        os.rmdir(path)  # noqa: PTH106
+    return clean
