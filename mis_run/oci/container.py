@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from mis_run.box import Box
 from mis_run.build import built
 from mis_run.cgroup import Cgroup
 from mis_run.errors import SetupError, VerifyError
-from mis_run.linux.spawn import spawn
+from mis_run.linux import libc
 from mis_run.model import Host
 
 LIFELINE = 3  # the canary's descriptor, see shim/init.c
@@ -108,6 +109,19 @@ class EngineBox(Box):
         self.theirs.close()
 
 
+def _be_canary(box: EngineBox, program: int, nothing: int) -> None:
+    """In a child of ours: enter the container's mounts and become the canary."""
+    try:
+        libc.setns(box.pidfd, libc.CLONE_NEWNS)
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in (program, nothing)]
+        os.dup2(box.theirs.fileno(), LIFELINE)
+        for number in range(3):
+            os.dup2(high[1], number)
+        os.execve(high[0], ["mis-init", str(LIFELINE), "--", "true"], {})
+    finally:
+        os._exit(127)
+
+
 @contextmanager
 def box_of(pid: int) -> Iterator[EngineBox]:
     """The box around a container's init."""
@@ -120,14 +134,19 @@ def box_of(pid: int) -> Iterator[EngineBox]:
 
 @contextmanager
 def canary(box: EngineBox, group: Cgroup) -> Iterator[int]:
-    """A process of ours in the container's cgroup, which `Box.probe` talks to; yields its pid.
+    """A process of ours in the container's cgroup and among its mounts, which `Box.probe` talks
+    to; yields its pid.
 
-    It is `mis-init`, as in a container of our own, but stays in our namespaces: what it tries is
-    judged by cgroup alone.
+    It is `mis-init`, as in a container of our own, but in our other namespaces and without the
+    container's filter.
     """
-    with open(os.devnull, "r+b") as nothing:
-        fds = {number: nothing.fileno() for number in range(3)} | {LIFELINE: box.theirs.fileno()}
-        pid = spawn([str(built("mis-init")), str(LIFELINE), "--", "true"], fds, env={})
+    program = os.open(built("mis-init"), os.O_RDONLY | os.O_CLOEXEC)
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        _be_canary(box, program, nothing)
+    os.close(program)
+    os.close(nothing)
     box.theirs.close()
     try:
         cgroup_kill.write(group.unified / "cgroup.procs", str(pid))

@@ -22,7 +22,7 @@ from mis_run.linux import memfd
 from mis_run.model import Host
 from mis_run.oci import dangers, edit, guardian, operator, planning, runs, spec
 from mis_run.oci.operator import Operator
-from mis_run.oci.order import RESOLV_CONF, SOCKET, Order
+from mis_run.oci.order import INFO, RESOLV_CONF, SOCKET, Order
 from mis_run.oci.spec import Spec
 from mis_run.oci.words import RUN_FLAGS, Call
 
@@ -58,6 +58,7 @@ def create(call: Call, runtime: str, decided: Operator) -> int:
         inside = edit.Inside(
             listener=run_dir / SOCKET,
             resolv_conf=run_dir / RESOLV_CONF if edit.uses_our_resolver(plan) else None,
+            info=run_dir / INFO,
             sealed=order.sealed,
             swap=any(path.exists() for path in edit.SWAP),
         )

@@ -32,6 +32,7 @@ class Inside:
 
     listener: Path  # where the OCI runtime sends seccomp-notify descriptors
     resolv_conf: Path | None  # the container's, when it asks our resolver
+    info: Path  # what the container is told about itself
     sealed: bool  # memory files will not be executable
     swap: bool  # whether the kernel accounts swap for a cgroup
 
@@ -50,6 +51,7 @@ def apply(spec: Spec, plan: Plan, inside: Inside) -> dict[str, Any]:
     if inside.resolv_conf is not None:
         mounts = [mount for mount in mounts if mount.get("destination") != RESOLV_CONF]
         mounts.append(_bind(inside.resolv_conf, RESOLV_CONF, "ro"))
+    mounts.append(_bind(inside.info, bundle.INFO, "ro"))
     pins, readonly = _protected(plan, mounts)
     data["mounts"] = [*mounts, *pins]
     linux["maskedPaths"] = _union(

@@ -21,7 +21,7 @@ from typing import Any
 
 from mis_run import state
 from mis_run.errors import MisError, SetupError
-from mis_run.oci.order import RESOLV_CONF, SOCKET, Order, Place
+from mis_run.oci.order import CANARY, INFO, RESOLV_CONF, SOCKET, Order, Place
 from mis_run.report import RECORDS
 
 LOG = RECORDS / "oci.log"
@@ -128,10 +128,15 @@ def _claim_and_guard(order: Order, caller: _Caller) -> None:
         resolv_conf = run_dir.path / RESOLV_CONF
         resolv_conf.touch()
         resolv_conf.chmod(0o644)
+        info = run_dir.path / INFO
+        info.mkdir(mode=0o755)
+        info.chmod(0o755)
+        (info / CANARY).touch()
+        (info / CANARY).chmod(0o555)
         caller.say(run=str(run_dir.path))
         from mis_run.oci.supervisor import supervise_container  # late: runc works meanwhile
 
-        supervise_container(order, run_dir, Place(listener, resolv_conf), caller)
+        supervise_container(order, run_dir, Place(listener, resolv_conf, info), caller)
 
 
 def _detach(channel: int) -> None:

@@ -35,9 +35,6 @@ LOOSENINGS: Mapping[str, str] = {
 }
 """What containers may not have unless the operator's file lists it under ``allow``."""
 
-WAIVED = frozenset({Guarantee.FILE, Guarantee.EXEC})
-"""What profiles require of our own containers, and an engine's do not get yet."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
@@ -48,7 +45,7 @@ class Operator:
     profiles: Path | None = None  # a folder where profiles are looked up first
     allowed: tuple[str, ...] = ()  # profiles that containers may ask for, beside ``profile``
     minimum: frozenset[Guarantee] = frozenset()  # guarantees required whatever the profile says
-    waived: frozenset[Guarantee] = WAIVED  # guarantees that a profile's containers may lack
+    waived: frozenset[Guarantee] = frozenset()  # guarantees that a profile's containers may lack
     from_environment: bool = False  # whether MIS_PROFILE of the container is looked at
     allow: frozenset[str] = frozenset()  # of LOOSENINGS
 
@@ -101,7 +98,7 @@ def build(data: Mapping[str, Any]) -> Operator:
         profile=name(data.get("profile", "default"), "profile"),
         allowed=tuple(name(entry, "allowed") for entry in _list(data, "allowed")),
         minimum=_guarantees(data, "minimum"),
-        waived=_guarantees(data, "allow_missing") if "allow_missing" in data else WAIVED,
+        waived=_guarantees(data, "allow_missing"),
         from_environment=environment,
         allow=frozenset(_choice(entry, [*LOOSENINGS], "allow") for entry in _list(data, "allow")),
     )

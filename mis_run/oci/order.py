@@ -47,7 +47,10 @@ class Place:
 
     listener: socket.socket  # where the OCI runtime sends seccomp-notify descriptors
     resolv_conf: Path  # empty until the supervisor knows what to write
+    info: Path  # what the container is told about itself; has the canary
 
 
 SOCKET = "seccomp.sock"
 RESOLV_CONF = "resolv.conf"
+INFO = "info"
+CANARY = "canary"

@@ -6,6 +6,7 @@ rules.  `check` refuses what this machine, or an engine's container, cannot give
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mis_run import profiles, rules
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.events import Guarantee
 from mis_run.model import (
+    Bind,
     Finding,
     Host,
     Limits,
@@ -44,8 +46,7 @@ def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str
     cwd = Path(str(spec.at("process.cwd", "/")))
     home = variables.get("HOME", "/root")
     facts = {"HOME": home, "WORKSPACE": str(cwd)}
-    # The host's secrets are not in an image, and an image's /root and /var/log are its own.
-    hidden = [pattern for pattern in profile.files.deny if pattern != "@secrets"]
+    profile = _for_an_image(profile)
     user = spec.at("process.user", {})
     return Plan(
         name=name,
@@ -55,8 +56,8 @@ def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str
         user=User(int(user.get("uid", 0)), int(user.get("gid", 0)), (), _user(user), home),
         tty=False,  # the engine's, if there is one
         rootfs=spec.root,
-        binds=(),
-        masked=profiles.expand(hidden, facts),
+        binds=tuple(_binds(spec, cwd)),
+        masked=profiles.expand(profile.files.deny, facts),
         protected=profiles.expand(profile.files.protect, facts),
         mechanisms=tuple(_mechanisms(profile, host)),
         profile=profile,
@@ -65,6 +66,36 @@ def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str
         host=host,
         waived=operator.waived - operator.minimum,
     )
+
+
+def _for_an_image(profile: Profile) -> Profile:
+    """The named sets as they mean an image: the system is all of it, and the host's secrets are
+    not in it (its /root and /var/log are its own)."""
+
+    def widened(entries: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple("/**" if entry == "@system" else entry for entry in entries)
+
+    files, programs = profile.files, profile.exec
+    denied = tuple(entry for entry in files.deny if entry != "@secrets")
+    return replace(
+        profile,
+        files=replace(files, read=widened(files.read), write=widened(files.write), deny=denied),
+        exec=replace(programs, allow=widened(programs.allow)),
+    )
+
+
+def _binds(spec: Spec, cwd: Path) -> Iterator[Bind]:
+    """The volumes, and where the working directory lies on the host."""
+    volumes = {}
+    for mount in spec.at("mounts", []):
+        source, target = mount.get("source"), mount.get("destination")
+        options = mount.get("options") or []
+        if source and target and (mount.get("type") == "bind" or {"bind", "rbind"} & {*options}):
+            volumes[Path(target)] = Path(source)
+            yield Bind(Path(source), Path(target), readonly="ro" in options)
+    if cwd not in volumes and cwd != Path("/"):
+        above = next((parent for parent in cwd.parents if parent in volumes), Path("/"))
+        yield Bind(volumes.get(above, spec.root) / cwd.relative_to(above), cwd)
 
 
 def _user(user: dict[str, object]) -> str:
@@ -123,7 +154,8 @@ def _mechanisms(profile: Profile, host: Host) -> list[Mechanism]:
         Mechanism(guarantee, name, host.mechanisms.get(name, NOT_HERE))
         for guarantee, name in wanted
     ]
-    found += [Mechanism(one, "fanotify", NOT_HERE) for one in (Guarantee.FILE, Guarantee.EXEC)]
+    files = host.mechanisms.get("fanotify", NOT_HERE)
+    found += [Mechanism(one, "fanotify", files) for one in (Guarantee.FILE, Guarantee.EXEC)]
     found.append(
         Mechanism(Guarantee.LIVENESS, "watchdog", host.mechanisms.get("watchdog", NOT_HERE))
     )

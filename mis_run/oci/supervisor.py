@@ -11,19 +11,23 @@ import os
 import socket
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mis_run import briefing, control, host, liveness, names, report, runtime, state, supervise
 from mis_run.defcon import Tracker
 from mis_run.events import Event
 from mis_run.follow import Ending, Follower
-from mis_run.guards import counters, escape, net
+from mis_run.guards import counters, escape, file, file_policy, net
+from mis_run.guards.file_policy import Policy
 from mis_run.later import Later
 from mis_run.linux import memfd
 from mis_run.model import NetMode, Plan
 from mis_run.oci import container, planning, runs
-from mis_run.oci.order import Caller, Order, Place
+from mis_run.oci.order import CANARY, Caller, Order, Place
+from mis_run.rootfs import Root
 
 ENDED = Ending("ended", 0)
 
@@ -35,6 +39,14 @@ def own_address(run_id: str) -> str:
     """
     number = int(run_id, 16)
     return f"127.77.{number >> 8 & 255}.{number % 254 + 1}"
+
+
+def policy_of(plan: Plan) -> Policy:
+    """What the file guard judges by: all of an image is the container's own to change."""
+    # Without a working directory of its own the policy must not take our "/" for its.
+    somewhere = plan if plan.cwd != Path("/") else replace(plan, cwd=Path("/nonexistent"))
+    assert plan.rootfs is not None
+    return replace(file_policy.build(somewhere, Root(plan.rootfs, {})), places={"": True})
 
 
 class Watcher(Follower):
@@ -127,6 +139,7 @@ def _guarded(
         loading = Later(lambda: net.load(plan.network, enforce=enforce))
         stack.callback(loading.wait)
         resolver = own_address(run_dir.id)
+        briefing.write(plan, place.info)
         place.resolv_conf.write_text(names.resolv_conf(resolver))
         loading.wait()
         pid = caller.pid()
@@ -148,20 +161,32 @@ def _guarded(
             memfd.seal(box.pidfd)
         tracker = Tracker(settings.defcon)
         first = runtime.receive(place.listener)
+        policy = files = None
+        if plan.uses("fanotify"):
+            info = (place.info / CANARY).stat()
+            policy = policy_of(plan)
+            files = on(
+                file.attach(
+                    pid,
+                    policy,
+                    (info.st_dev, info.st_ino),
+                    enforce=enforce,
+                    delay=tracker.delay,
+                    effects=lambda: tracker.effects,
+                )
+            )
         counted = on(counters.attach(group.unified, settings.counters, later=True))
         supervise.come_first()
-        info = run_dir.path / "info"
-        info.mkdir(mode=0o755)
         watcher = Watcher(
             loop=loop,
             plan=plan,
             record=record,
             cgroup=group,
             box=box,
-            guards={"net": guard},
+            guards={"net": guard} | ({"file": files} if files else {}),
             tracker=tracker,
             counters=counted,
-            denials=briefing.Denials(info),
+            denials=briefing.Denials(place.info),
         )
 
         def close() -> None:
@@ -174,10 +199,14 @@ def _guarded(
         watcher.guard(first)
         with container.canary(box, group) as guard.canary_pid:
             guard.verify(box.probe)
+            if files is not None:
+                files.init = guard.canary_pid
+                files.beat(box.probe)
+                files.init = 0
         guard.canary_pid = 0
         counted.ready()
         watcher.listen(place.listener)
-        dog.watching({})
+        dog.watching({"fanotify": files.group} if files else {})
         netns = None
         if plan.network.mode is not NetMode.HOST:
             netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)

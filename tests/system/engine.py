@@ -175,6 +175,8 @@ def make_root(folder: Path) -> Path:
     (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n")
     (root / "etc/group").write_text("root:x:0:\nuser:x:1000:\n")
     (root / "etc/secret").write_text("secret of the image\n")
+    (root / "bin/forbidden").write_text("#!/bin/sh\necho ran\n")
+    (root / "bin/forbidden").chmod(0o755)
     source = folder / "act.c"
     source.write_text(ACT)
     argv = ["clang", "-static", "-O1", str(source), "-o", str(root / "bin/act")]

@@ -30,7 +30,10 @@ PROFILES = {
     "open": f'[network]\nallow = ["{GATEWAY}:9/tcp"]\nlisten = ["*:1024-65535"]',
     "host": f'[network]\nmode = "host"\nallow = ["{GATEWAY}:9/tcp"]',
     "closed": '[network]\nmode = "none"',
-    "files": '[files]\ndeny = ["/etc/secret"]\nprotect = ["$WORKSPACE/.git/hooks"]',
+    "files": (
+        '[files]\ndeny = ["/etc/secret", "/work/*.key"]\nprotect = ["$WORKSPACE/.git/hooks"]\n'
+        '[exec]\ndeny = ["/bin/forbidden"]'
+    ),
     "patient": "[defcon]\nthresholds = [1000, 2000, 3000, 4000]",
     "audit": "[mode]\nenforce = false",
 }
@@ -203,6 +206,27 @@ def test_hidden_and_protected_files(engine: Engine, tmp_path: Path) -> None:
     bare = engine.run("sh", "-c", script, options=options, runtime="runc")
     assert "secret of the image" in bare.stdout
     assert (tmp_path / "x").exists()
+
+
+def test_file_guard_and_exec_gate(box: Engine, tmp_path: Path) -> None:
+    """What rules deny is denied at the open, also under another name, and recorded; docker exec
+    included."""
+    (tmp_path / "a.key").write_text("key\n")
+    os.link(tmp_path / "a.key", tmp_path / "harmless")
+    options = ("-v", f"{tmp_path}:/work", "-w", "/work")
+    script = "touch b.key; cat harmless; forbidden; cat /run/mis/rules.json | head -1"
+    start(box, *options, runtime="mis-files")
+    done = box.docker("exec", "box", "sh", "-c", script, check=False)
+    assert done.stdout == "{\n", done.stderr
+    told = [event for event in events() if event.get("verdict") == "deny"]
+    assert {event["kind"] for event in told} == {"file.open", "exec.run"}
+    assert {event["subject"]["path"] for event in told} == {
+        "/work/b.key",
+        "/work/harmless",
+        "/bin/forbidden",
+    }
+    bare = box.run("sh", "-c", script, options=options, runtime="runc")
+    assert bare.stdout == "key\nran\n"
 
 
 # ---- exec ------------------------------------------------------------------------------------
@@ -421,12 +445,12 @@ def test_environment_chooses_where_the_operator_allows(engine: Engine) -> None:
 
 
 def test_losing_the_supervisor_ends_the_container(box: Engine) -> None:
-    """SIGKILL of the supervisor: the watchdog kills the container, the box sees 137."""
+    """SIGKILL of the supervisor: the watchdog kills the container, the engine sees 137."""
     start(box)
     os.kill(facts()["supervisor"], signal.SIGKILL)
     assert ended(box)["ExitCode"] == 137
     box.docker("rm", "box")
-    wait_for(lambda: not list(Path("/run/mis").glob("*/state.json")))
+    wait_for(lambda: not any(trace.startswith("state") for trace in traces()))
 
 
 def test_losing_both_keeps_the_container_closed(box: Engine) -> None:

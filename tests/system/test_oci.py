@@ -156,12 +156,14 @@ def test_malformed_bundles(runtime: Runtime, text: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_minimum_of_the_operator(runtime: Runtime) -> None:
-    """A guarantee that the operator demands and this machine cannot give refuses the container."""
-    runtime.operator('minimum = ["file"]\n')
-    done = runtime("create", "--bundle", str(runtime.bundle("true")), "bad")
-    assert done.returncode == 120
-    assert "requires 'file'" in runtime.message()
+def test_what_containers_cannot_have_is_refused(runtime: Runtime) -> None:
+    """A profile that asks for more than an engine's container gets is no profile for it."""
+    text = 'extends = "default"\n[liveness]\non_loss = "open"\n'
+    (runtime.folder / "dog.toml").write_text(text)
+    bundle = runtime.bundle("true", annotations={"mis.profile": "dog"})
+    done = runtime("create", "--bundle", str(bundle), "bad")
+    assert done.returncode == 2
+    assert "on_loss = 'open' is not possible" in runtime.message()
 
 
 WITHOUT_FILTER = """#!/bin/sh
