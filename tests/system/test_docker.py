@@ -178,7 +178,7 @@ def test_escapes_are_denied_and_counted(engine: Engine) -> None:
 
 
 def test_violations_add_up_to_the_end(box: Engine) -> None:
-    """DEFCON 1 kills the container, and the box sees an ordinary SIGKILL."""
+    """DEFCON 1 kills the container, and the engine sees an ordinary SIGKILL."""
     start(box)
     script = f"while :; do act syscall {abi.number('kcmp')} $((n=n+1)); done"
     box.docker("exec", "box", "sh", "-c", script, check=False)
@@ -272,7 +272,7 @@ def test_many_execs_leave_nothing_in_the_supervisor(box: Engine) -> None:
     wait_for(lambda: count() <= settled)
 
 
-# ---- the box's verbs ----------------------------------------------------------------------
+# ---- the engine's verbs ----------------------------------------------------------------------
 
 
 def test_life_cycle(box: Engine) -> None:
@@ -348,7 +348,7 @@ def test_volumes_are_written(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_published_ports(box: Engine) -> None:
-    """-p: a server inside, allowed to listen by its profile, is reached through the box."""
+    """-p: a server inside, allowed to listen by its profile, is reached through the engine."""
     argv = ("run", "-d", "--runtime", "mis-open", "--name", "box", "-p", "127.0.0.1:18087:8087")
     box.docker(*argv, engines.IMAGE, "nc", "-l", "-p", "8087", "-e", "echo", "hello")
     script = "exec 3<>/dev/tcp/127.0.0.1/18087 && cat <&3"
@@ -381,7 +381,7 @@ def test_host_network_needs_a_profile_that_says_so(engine: Engine) -> None:
 
 
 def test_restart_policy(box: Engine) -> None:
-    """A container that the box starts again is guarded again, by a new supervisor."""
+    """A container that the engine starts again is guarded again, by a new supervisor."""
     start(box, "--restart", "always")
     first = facts()["supervisor"]
     os.kill(state_of(box)["Pid"], signal.SIGKILL)
@@ -471,7 +471,7 @@ def _children(pid: int) -> list[int]:
 
 
 def test_mis_kill_and_mis_inspect_find_it(box: Engine) -> None:
-    """mis manages containers as it manages its own runs, by the box's short id."""
+    """mis manages containers as it manages its own runs, by the engine's short id."""
     short = start(box)[:12]
     (row,) = runs()
     assert row["name"] == short
