@@ -12,8 +12,7 @@ import click
 
 from mis_run import __version__
 from mis_run.errors import MissingGuarantee, NotFound, UsageError
-
-JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+from mis_run.manage_profiles import JSON, profile
 
 
 @click.group(
@@ -249,58 +248,24 @@ def doctor(as_json: bool) -> int:
     return 0 if report["default_profile"]["ok"] else MissingGuarantee.exit_code
 
 
-@command.group()
-def profile() -> None:
-    """List, show and check profiles."""
+@command.command(context_settings={"allow_interspersed_args": False})
+@click.option("--output", "-o", metavar="FILE", help="Profile to write.  [default: stdout]")
+@click.option("--workdir", "-w", metavar="DIR", help="Workspace.  [default: .]")
+@click.option("--bind", "-b", "binds", multiple=True, metavar="SRC[:DST][:ro]")
+@click.option("--env", "-e", multiple=True, metavar="NAME[=VALUE]")
+@click.option("--net", type=click.Choice(["none", "guarded", "host"]), help="Network to give.")
+@click.option("--user", "-u", metavar="USER[:GID]", help="Run as.  [default: who called sudo]")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- CMD [ARG]…")
+def learn(output: str | None, **words: Any) -> int:
+    """Run CMD denying nothing, and write the smallest profile under which it runs."""
+    from mis_run import cli, learn
+
+    words |= {"profile": "trace", "rootfs": None, "allow_net": (), "tty": None, "log": None}
+    words |= {"allow_missing": (), "as_json": False}
+    return learn.run(cli.parse(**words), Path(output).absolute() if output else None)
 
 
-@profile.command("list")
-@JSON
-def profile_list(as_json: bool) -> int:
-    """Every profile that can be named, with its source."""
-    from mis_run import profiles, show
-
-    rows = [
-        {"name": name, "source": str(path), "description": text}
-        for name, path, text in profiles.catalogue()
-    ]
-    if as_json:
-        _print(rows)
-    else:
-        click.echo(show.table(("NAME", "DESCRIPTION", "SOURCE"), rows))
-    return 0
-
-
-@profile.command("show")
-@click.argument("name", metavar="NAME|FILE")
-@JSON
-def profile_show(name: str, as_json: bool) -> int:
-    """The profile with everything it extends merged in."""
-    from mis_run import profiles
-    from mis_run.jsonable import plain
-
-    found = profiles.load(name)
-    if as_json:
-        _print(plain(found))
-    else:
-        click.echo(profiles.render(found))
-    return 0
-
-
-@profile.command("check")
-@click.argument("names", nargs=-1, required=True, metavar="NAME|FILE…")
-@JSON
-def profile_check(names: tuple[str, ...], as_json: bool) -> int:
-    """Validate profiles; the first error ends with exit code 2."""
-    from mis_run import profiles
-
-    for name in names:
-        profiles.load(name)
-        if not as_json:
-            click.echo(f"{name}: ok")
-    if as_json:
-        _print([{"name": name, "ok": True} for name in names])
-    return 0
+command.add_command(profile)
 
 
 @command.command()
