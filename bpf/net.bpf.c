@@ -12,13 +12,16 @@
  *   xdp                      every frame the agent's veth emits     drop
  *
  * The cgroup programs see who asks and make the events; XDP sees what really goes out, so a packet
- * that came around the socket calls meets the same table.  Where there is no veth (host mode) the
- * skb hooks close what the calls leave open: egress refuses packets with IP options or a routing
- * header, which are sent to the first hop and not to the address that was judged, however the
- * agent asked for them (setsockopt, ancillary data); ingress refuses callers of a socket that
- * listens where no rule allows, since listen(2) on an unbound socket, or on one bound to port 0,
- * meets no hook of its own.  Maps belong to this one agent: programs
- * attached to its cgroup run for nobody else, and the XDP program only on its veth.
+ * that came around the socket calls meets the same table.
+ *
+ * The skb hooks close what the calls leave open, above all where there is no veth (host mode).
+ * Egress refuses packets with IP options or a routing header: they are sent to their first hop and
+ * not to the address that was judged, however the agent asked for them (setsockopt, ancillary
+ * data).  Ingress refuses callers of a socket that listens where no rule allows: listen(2) on a
+ * socket that is unbound, or bound to port 0, meets no hook of its own.
+ *
+ * Maps belong to this one agent: programs attached to its cgroup run for nobody else, and the XDP
+ * program only on its veth.
  *
  * Other socket families (packet, vsock, netlink) never come here: seccomp refuses them.
  */

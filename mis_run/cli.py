@@ -16,7 +16,7 @@ import click
 from mis_run import __version__, units
 from mis_run.errors import MisError, SetupError, UsageError
 from mis_run.events import Guarantee
-from mis_run.model import Bind, NetMode, Options
+from mis_run.model import ALWAYS, Bind, NetMode, Options
 
 EPILOG = """\b
 Examples:
@@ -85,6 +85,7 @@ COUNT = _Unit("N", units.count)
 @click.option("--cpus", type=CORES, help="CPU limit in cores, as 1.5.")
 @click.option("--pids", type=COUNT, help="Process limit.")
 @click.option("--timeout", type=DURATION, help="Ask, then kill after TIME, as 30m.")
+@click.option("--restart", metavar="no|on-failure[:N]", help="Run again when the agent failed.")
 @click.option("--name", help="Name for mis ps and mis kill.")
 @click.option("--user", "-u", metavar="USER[:GID]", help="Run as.  [default: who called sudo]")
 @click.option("--tty/--no-tty", "-t/-T", default=None, help="Terminal.  [default: if there is one]")
@@ -117,7 +118,11 @@ def command(**words: Any) -> int:
     plan.check(made)
     from mis_run import launch
 
-    return launch.run(made, quiet=quiet)
+    if not options.restart:
+        return launch.run(made, quiet=quiet).code
+    from mis_run import restart
+
+    return restart.run(lambda: launch.run(made, quiet=quiet), options.restart).code
 
 
 def parse(
@@ -134,6 +139,7 @@ def parse(
     allow_missing: tuple[str, ...],
     log: str | None,
     as_json: bool,
+    restart: str | None = None,
     **limits: Any,
 ) -> Options:
     """click's words as `Options`. Raises UsageError for what click cannot judge."""
@@ -158,8 +164,19 @@ def parse(
         allow_missing=frozenset(Guarantee(name) for name in allow_missing),
         log=Path(log).absolute() if log else None,
         json=as_json,
+        restart=_attempts(restart),
         **limits,
     )
+
+
+def _attempts(text: str | None) -> int:
+    """New attempts after a failure: ``no`` → 0, ``on-failure`` → ALWAYS, ``on-failure:3`` → 3."""
+    word, given, number = (text or "no").partition(":")
+    if word in ("no", "on-failure") and not given:
+        return ALWAYS if word == "on-failure" else 0
+    if word == "on-failure" and number.isdecimal() and 0 < int(number) <= 1000:
+        return int(number)
+    raise UsageError(f"--restart {text!r}", hint="use no, on-failure or on-failure:N")
 
 
 def _cwd() -> str:

@@ -18,16 +18,18 @@ from typing import Any, Protocol
 from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
 from mis_run.defcon import Change, Tracker
-from mis_run.errors import Emergency, GuardLost, SetupError, TimedOut, UsageError, VerifyError
+from mis_run.errors import Emergency, GuardLost, SetupError, TimedOut, VerifyError
 from mis_run.events import Event, Guarantee
 from mis_run.jsonable import plain
 from mis_run.model import Plan
 from mis_run.report import Record
 from mis_run.runtime import Box
+from mis_run.starvation import Starvation
 from mis_run.supervise import Loop
 
 GRACE = 10.0  # seconds between asking the agent to end and killing it, as docker stop waits
 EMPTY_WITHIN = 5.0  # seconds a killed cgroup gets to become empty
+ASKING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 LIMITS_EVERY = 0.25  # seconds between looks at the cgroup's limit events
 
 
@@ -49,10 +51,12 @@ class Guard(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a run ended: words for people and mis-run's exit code."""
+    """How a run ended: words for people and mis-run's exit code; ``own`` when nobody but the agent
+    itself brought it about."""
 
     how: str
     code: int
+    own: bool = False
 
 
 class Follower:
@@ -86,6 +90,7 @@ class Follower:
         self._interrupts = 0
         self._proving = False
         self._closed_writes = False
+        self._asked = False  # somebody asked it to end
         self.canaries = 0  # rounds in which every guard was seen to work
         self._mail: list[Event] = []
         self._mailbox, self._doorbell = socket.socketpair()
@@ -149,7 +154,15 @@ class Follower:
         self.started = time.monotonic()
         self.loop.add(self.box.pidfd, self._gone)
         self.loop.every(LIMITS_EVERY, self._look)
-        self.loop.every(self.plan.profile.liveness.canary, self._prove)
+        liveness = self.plan.profile.liveness
+        self.loop.every(liveness.canary, self._prove)
+        starvation = Starvation(
+            liveness,
+            emit=lambda event: self.emit([event]),
+            freeze=self.cgroup.freeze,
+            kill=lambda why: self.kill(Ending(f"killed: {why}", GuardLost.exit_code)),
+        )
+        self.loop.every(liveness.beat, starvation.beat)
         if timeout := self.plan.limits.timeout:
             self.loop.after(timeout, self._timed_out)
 
@@ -205,7 +218,16 @@ class Follower:
             if self._interrupts > 1:
                 self.kill(Ending("killed after a second interrupt", 128 + signal.SIGKILL))
                 return
+        self.send(number)
+
+    def send(self, number: int) -> None:
+        """Pass a signal on; those that ask for an end make it not the agent's own doing."""
+        self._asked |= number in ASKING
         self.box.signal(number)
+
+    def set_level(self, level: int) -> None:
+        """An operator's DEFCON level."""
+        self._changed(self.tracker.set(level))
 
     def unwatched(self) -> None:
         """The watchdog died. Closed: without it a hung supervisor would go unnoticed."""
@@ -218,10 +240,10 @@ class Follower:
     def _from_shim(self) -> None:
         for kind, value in self.box.read():
             if kind == "exit":
-                self._finish(Ending(f"exited with code {value}", value))
+                self._finish(Ending(f"exited with code {value}", value, own=not self._asked))
             elif kind == "killed":
                 name = signal.Signals(value).name
-                self._finish(Ending(f"ended by {name}", 128 + value))
+                self._finish(Ending(f"ended by {name}", 128 + value, own=not self._asked))
             elif kind == "stopped":
                 # Ctrl-Z on an agent without a shell around it: nobody inside could resume it.
                 self.box.signal(signal.SIGCONT)
@@ -260,6 +282,7 @@ class Follower:
     def stop(self, ending: Ending) -> None:
         """Ask with SIGTERM, kill after GRACE."""
         self._forced = self._forced or ending
+        self._asked = True
         self.box.signal(signal.SIGTERM)
         self.loop.after(GRACE, lambda: None if self.ending else self.kill(ending))
 
@@ -267,31 +290,6 @@ class Follower:
         limit = self.plan.limits.timeout
         self.record.write(Event(kind="run.timeout", subject={"seconds": limit}))
         self.stop(Ending(f"stopped: ran longer than {limit:g} s", TimedOut.exit_code))
-
-    def request(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Answer one control request (``mis top``, ``kill``, ``inspect``, ``defcon``)."""
-        do = request["do"]
-        if do == "top":
-            return self.measurements()
-        if do == "inspect":
-            return {"plan": self.plan.json(), **self.measurements()}
-        if do == "kill":
-            number = request.get("signal")
-            if number is None:
-                self.kill(Ending("killed by mis kill", 128 + signal.SIGKILL))
-            elif isinstance(number, int) and 1 <= number <= 64:
-                self.box.signal(number)
-            else:
-                raise UsageError(f"signal {number!r}: not a signal number")
-            return {"killed": True}
-        if do == "defcon":
-            level = request.get("level")
-            if level is not None:
-                if level not in (1, 2, 3, 4, 5):
-                    raise UsageError(f"level {level!r}: use 1 to 5")
-                self._changed(self.tracker.set(level))
-            return {"level": self.tracker.level, "violations": self.tracker.count}
-        raise UsageError(f"request {do!r}: unknown")
 
     # ---- what is known --------------------------------------------------------------------
 

@@ -55,8 +55,8 @@ class Steps:
         Steps.after(name)
 
 
-def run(plan: Plan, *, quiet: bool = False) -> int:
-    """Launch the plan's agent and follow it to its end; returns mis-run's exit code."""
+def run(plan: Plan, *, quiet: bool = False) -> Ending:
+    """Launch the plan's agent and follow it to its end."""
     # Threads that wait for the kernel hand over at once, not after the default 5 ms.
     sys.setswitchinterval(0.0005)
     rootfs.isolate()
@@ -76,12 +76,12 @@ def run(plan: Plan, *, quiet: bool = False) -> int:
         facts = {"ending": ending.how, "code": ending.code, **facts, "setup": steps.seconds}
         record.write(Event(kind="run.exit", subject=facts))
         _tell(plan, record, facts, quiet=quiet)
-        return ending.code
+        return ending
 
 
 def _import_the_rest() -> None:
     """What is needed only once the container exists, imported while the runtime makes it."""
-    from mis_run import control, defcon, follow, names, terminal  # noqa: F401
+    from mis_run import control, defcon, follow, names, requests, terminal  # noqa: F401
 
 
 def _guard_link(guard: net.NetGuard, link: network.Link | None) -> net.NetGuard:
@@ -131,7 +131,7 @@ def _launch(
                 meanwhile=_import_the_rest,
             )
         )
-        from mis_run import control, names, terminal
+        from mis_run import control, names, requests, terminal
         from mis_run.defcon import Tracker
         from mis_run.follow import Follower
 
@@ -213,7 +213,7 @@ def _launch(
         steps.done("watched")
         netns = link.netns if link else None
         on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon, enforce=enforce))
-        on(control.serve(loop, run_dir.path / "control.sock", follower.request))
+        on(control.serve(loop, run_dir.path / "control.sock", requests.handler(follower)))
         on(supervise.signals(loop, follower.signal))
         follower.on_resize = on(terminal.relay(loop, box.pty))
         dog.start(follower.unwatched, follower.dog_says)

@@ -51,7 +51,7 @@ def run(options: Options, output: Path | None) -> int:
         found = _with(options, str(source), log)
         made = plan.make(found, profiles.load(found.profile), host.probe(), caller)
         plan.check(made)
-        code = launch.run(made, quiet=True)
+        code = launch.run(made, quiet=True).code
         events = list(report.read(log))
         if log.stat().st_size >= report.MAX_BYTES - 4096:
             raise SetupError(

@@ -14,6 +14,9 @@ from typing import Any
 
 from mis_run.events import Guarantee
 
+ALWAYS = -1
+"""`Options.restart` without an end."""
+
 
 class NetMode(StrEnum):
     """What network the agent sees."""
@@ -67,6 +70,7 @@ class Options:
     allow_missing: frozenset[Guarantee] = frozenset()
     json: bool = False
     log: Path | None = None
+    restart: int = 0  # new attempts after a failure of the agent's own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,7 +173,9 @@ def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
             found = socket.if_nametoindex(interface)
         finally:
             sharing.result()
-        nft.allow_local(interface, _services(plan))
+        if services := _services(plan):
+            with shared.locked() as lock:
+                nft.allow_local(interface, services, [lock])
         return found
 
     link_address6 = address6 if plan.ipv6 else None
@@ -189,11 +191,11 @@ def _disconnect(link: Link, run_id: str, *, local: bool) -> None:
     assert link.connected is not None
     link.connected.wait()
     removing = Later(lambda: _run(["ip", "link", "del", link.interface]))
-    with shared.locked():
+    with shared.locked() as lock:
         if set(shared.indices().values()) == {run_id}:
-            shared.unshare()
+            shared.unshare(lock)
         elif local:
-            nft.forget_local(link.interface)
+            nft.forget_local(link.interface, [lock])
     removing.result()
 
 
@@ -266,9 +268,9 @@ def gc(live: set[str]) -> list[str]:
         if run_id != interface and ID.fullmatch(run_id) and run_id not in live:
             _run(["ip", "link", "del", interface])
             removed.append(interface)
-    with shared.locked():
+    with shared.locked() as lock:
         dead = set(shared.indices().values()) - live
         if dead or not shared.indices():
-            shared.forget(dead)
-        nft.gc({f"mis-{run_id}" for run_id in live})
+            shared.forget(dead, lock)
+        nft.gc({f"mis-{run_id}" for run_id in live}, [lock])
     return removed + sorted(f"address of {run_id}" for run_id in dead)

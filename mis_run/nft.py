@@ -46,13 +46,17 @@ Service = tuple[str, str, str, str]
 _AGENT = re.compile(r"\tchain mis-[^}]*\}\n\n?")
 
 
-def install(forwarded: Mapping[str, Sequence[str]], known: Sequence[str] = ()) -> list[str]:
+def install(
+    forwarded: Mapping[str, Sequence[str]], known: Sequence[str] = (), *, hold: Sequence[int] = ()
+) -> list[str]:
     """Make or renew the table, in one transaction.
 
     ``forwarded``: the families (``ipv4``, ``ipv6``) that are forwarded only for us, each with the
     interfaces that forwarded before; what comes in by another is refused, as before.  ``known`` is
     what the last call returned: while the table is as that left it nothing is done, since replacing
     rules waits for an RCU grace period (20 to 40 ms).  A firewall's ``flush ruleset`` is noticed.
+    ``hold``: descriptors that ``nft`` has too.  A lock among them is held until it is done, even if
+    we are killed meanwhile.
     """
     text = _BASE
     for family, interfaces in sorted(forwarded.items()):
@@ -61,7 +65,7 @@ def install(forwarded: Mapping[str, Sequence[str]], known: Sequence[str] = ()) -
         text += f"add rule {TABLE} forward meta nfproto {family} {match}drop\n"
     if list(known) == [text, _listing()]:
         return list(known)
-    _run(text)
+    _run(text, hold)
     return [text, _listing()]
 
 
@@ -73,36 +77,36 @@ def _listing() -> str:
         return ""
 
 
-def remove() -> None:
-    """Delete the table; fine when there is none."""
-    _run(f"add table {TABLE}\ndelete table {TABLE}\n")
+def remove(hold: Sequence[int] = ()) -> None:
+    """Delete the table; fine when there is none. ``hold``: see `install`."""
+    _run(f"add table {TABLE}\ndelete table {TABLE}\n", hold)
 
 
-def allow_local(interface: str, services: Sequence[Service]) -> None:
-    """Let one agent reach services of the host."""
-    if services:
-        text = f"add chain {TABLE} {interface}\n"
-        for family, protocol, address, ports in services:
-            match = f"{family} daddr {address} {protocol} dport {ports}"
-            text += f"add rule {TABLE} {interface} {match} accept\n"
-        _run(f"{text}add element {TABLE} local {{ {interface} : jump {interface} }}\n")
+def allow_local(interface: str, services: Sequence[Service], hold: Sequence[int] = ()) -> None:
+    """Let one agent reach services of the host. ``hold``: see `install`."""
+    text = f"add chain {TABLE} {interface}\n"
+    for family, protocol, address, ports in services:
+        match = f"{family} daddr {address} {protocol} dport {ports}"
+        text += f"add rule {TABLE} {interface} {match} accept\n"
+    _run(f"{text}add element {TABLE} local {{ {interface} : jump {interface} }}\n", hold)
 
 
-def forget_local(interface: str) -> None:
+def forget_local(interface: str, hold: Sequence[int] = ()) -> None:
     """Take back what `allow_local` gave; fine when a firewall has flushed it meanwhile."""
     element = f"element {TABLE} local {{ {interface} : jump {interface} }}"
     _run(
         f"add table {TABLE}\nadd map {TABLE} local {{ type ifname : verdict; }}\n"
         f"add chain {TABLE} {interface}\nadd {element}\n"
-        f"delete {element}\nflush chain {TABLE} {interface}\ndelete chain {TABLE} {interface}\n"
+        f"delete {element}\nflush chain {TABLE} {interface}\ndelete chain {TABLE} {interface}\n",
+        hold,
     )
 
 
-def gc(live: set[str]) -> None:
+def gc(live: set[str], hold: Sequence[int] = ()) -> None:
     """Forget interfaces that are not ``live``."""
     for family, table, chain, _ in _chains():
         if f"{family} {table}" == TABLE and chain.startswith("mis-") and chain not in live:
-            forget_local(chain)
+            forget_local(chain, hold)
 
 
 def forward_blockers() -> list[tuple[str, str, str]]:
@@ -126,14 +130,19 @@ def _chains() -> list[tuple[str, str, str, Mapping[str, Any]]]:
     return [(chain["family"], chain["table"], chain["name"], chain) for chain in chains]
 
 
-def _run(text: str) -> None:
-    _nft("-f", "-", text=text)
+def _run(text: str, hold: Sequence[int] = ()) -> None:
+    _nft("-f", "-", text=text, hold=hold)
 
 
-def _nft(*words: str, text: str = "") -> str:
+def _nft(*words: str, text: str = "", hold: Sequence[int] = ()) -> str:
     try:
         done = subprocess.run(
-            ["nft", *words], input=text, capture_output=True, text=True, check=False
+            ["nft", *words],
+            input=text,
+            capture_output=True,
+            text=True,
+            check=False,
+            pass_fds=hold,
         )
     except OSError as error:
         raise SetupError(

@@ -140,6 +140,7 @@ def _supervise(
     facts: Mapping[str, Any],
 ) -> int:
     """As `launch._launch`, from the point where the agent runs."""
+    from mis_run import requests
     from mis_run.follow import Follower, Guard
 
     on, plan, settings = stack.enter_context, known.plan, known.plan.profile
@@ -200,7 +201,7 @@ def _supervise(
     if known.interface:
         on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon))
     (path / "control.sock").unlink(missing_ok=True)
-    on(control.serve(loop, path / "control.sock", follower.request))
+    on(control.serve(loop, path / "control.sock", requests.handler(follower)))
     on(supervise.signals(loop, follower.signal))
     follower.on_resize = on(terminal.relay(loop, box.pty))
     dog.start(follower.unwatched, follower.dog_says)

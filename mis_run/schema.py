@@ -256,7 +256,8 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = {
     "liveness": {
         "on_loss": Key(
             _choice([m.value for m in model.OnLoss], model.OnLoss),
-            "what happens when the supervisor is lost: `closed` kills the agent",
+            "what happens when the supervisor is lost: `closed` kills the agent; `open` lets it go "
+            "on unguarded until `mis attach`",
             "string",
         ),
         "deadline": Key(_TIME, "silence after which the supervisor counts as lost", "time"),

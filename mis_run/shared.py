@@ -29,13 +29,17 @@ SWITCH4, SWITCH6 = CONF4.parent / "ip_forward", CONF6 / "all" / "forwarding"
 
 
 @contextmanager
-def locked() -> Iterator[None]:
-    """Hold the lock of everything here."""
+def locked() -> Iterator[int]:
+    """Hold the lock of everything here; its descriptor.
+
+    Whoever changes the table has it too: a killed launcher's ``nft`` would otherwise go on after
+    the lock was released, and after `gc`.
+    """
     NET.mkdir(parents=True, exist_ok=True)
     fd = os.open(NET / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
+        yield fd
     finally:
         os.close(fd)
 
@@ -114,11 +118,11 @@ def _routes6() -> Iterator[tuple[int, int]]:
 
 def release(run_ids: set[str]) -> None:
     """`forget`, under the lock."""
-    with locked():
-        forget(run_ids)
+    with locked() as lock:
+        forget(run_ids, lock)
 
 
-def forget(run_ids: set[str]) -> None:
+def forget(run_ids: set[str], lock: int) -> None:
     """Free the indices of runs; with the last one, undo the table and the switches."""
     left = 0
     for index, owner in indices().items():
@@ -127,7 +131,7 @@ def forget(run_ids: set[str]) -> None:
         else:
             left += 1
     if not left:
-        unshare()
+        unshare(lock)
 
 
 # ---- the table and the switches -----------------------------------------------------------
@@ -135,24 +139,24 @@ def forget(run_ids: set[str]) -> None:
 
 def share(*, ipv6: bool) -> None:
     """Have the table and the switches that all agents need."""
-    with locked():
+    with locked() as lock:
         record = _recorded()
         turns = _turns(record, ipv6=ipv6)
         _record(record)  # before the act: gc must know
-        table = nft.install(record["forwarded"], record["table"])
+        table = nft.install(record["forwarded"], record["table"], hold=[lock])
         for path, value in turns:
             turn(path, value)
         if table != record["table"]:
             _record({**record, "table": table})
 
 
-def unshare() -> None:
+def unshare(lock: int) -> None:
     """Undo the table and the switches; fine when they are undone."""
     if (NET / "record").exists():
         for path, value in _recorded()["before"].items():
             if _value(Path(path)) not in ("", value):
                 turn(Path(path), value)
-        nft.remove()
+        nft.remove([lock])
         (NET / "record").unlink()
     (NET / "record.part").unlink(missing_ok=True)  # of a launcher killed halfway
 

@@ -279,7 +279,7 @@ class NetGuard:
         """What was tried so far was tried by us."""
         for _ in self.rest():
             pass
-        self._base = self._totals()
+        self._base, self._told_lost = self._totals(), 0
 
 
 @contextmanager

@@ -16,7 +16,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mis_run import briefing, control, host, liveness, names, report, runtime, state, supervise
+from mis_run import (
+    briefing,
+    control,
+    host,
+    liveness,
+    names,
+    report,
+    requests,
+    runtime,
+    state,
+    supervise,
+)
 from mis_run.defcon import Tracker
 from mis_run.events import Event
 from mis_run.follow import Ending, Follower
@@ -221,7 +232,7 @@ def _guarded(
                 address=resolver,
             )
         )
-        on(control.serve(loop, run_dir.path / "control.sock", watcher.request))
+        on(control.serve(loop, run_dir.path / "control.sock", requests.handler(watcher)))
         dog.start(watcher.unwatched, watcher.dog_says)
         subject = _facts(order, plan, record)
         run_dir.note(phase="running", **subject)

@@ -320,3 +320,101 @@ def checkout(folder: Path) -> Path:
     copy = folder / "checkout"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
     return copy
+
+
+def test_restart_on_failure(workspace: Path) -> None:
+    """A failing agent is run again until it ends well, each time as a new run."""
+    script = "echo x >> tries; test $(wc -l < tries) -ge 2"
+    done = run(
+        *("sh", "-c", script),
+        cwd=workspace,
+        options=("--restart", "on-failure:3", "--net", "none"),
+    )
+    assert done.code == 0
+    assert (workspace / "tries").read_text() == "x\nx\n"
+    assert "attempt 2" in done.err
+    assert len([event for event in done.events if event["kind"] == "run.start"]) == 2
+
+
+@pytest.mark.parametrize(("action", "code"), [("log", 5), ("kill", 123), ("freeze", 5)])
+def test_a_starved_supervisor(action: str, code: int, workspace: Path) -> None:
+    """A supervisor that gets no CPU for more than half its deadline does what the profile says:
+    stopped for 0.8 of 1.2 s, as a scheduler could."""
+    profile = workspace.parent / "starved.toml"
+    profile.write_text(
+        'extends = "default"\n[liveness]\n'
+        f'deadline = "1.2s"\nbeat = "50ms"\non_starved = "{action}"\n'
+    )
+    log = workspace.parent / "starved.jsonl"
+    options = ("--profile", str(profile), "--net", "none", "--log", str(log))
+    agent = start("sh", "-c", "echo up; sleep 3; exit 5", cwd=workspace, options=options)
+    assert agent.stdout is not None and agent.stdout.readline() == "up\n"
+    time.sleep(0.2)
+    agent.send_signal(signal.SIGSTOP)
+    time.sleep(0.8)
+    agent.send_signal(signal.SIGCONT)
+    agent.communicate(timeout=20)
+    assert agent.returncode == code
+    kinds = [json.loads(line)["kind"] for line in log.read_text().splitlines()]
+    assert "supervisor.starved" in kinds
+    assert ("supervisor.recovered" in kinds) == (action != "kill")
+
+
+def test_a_hundred_resource_exhaustions(workspace: Path) -> None:
+    """Memory, processes, descriptors, disk and CPU, twenty times each: every one ends at its
+    limit, the run goes on, and the host keeps its memory, processes and disk."""
+    script = """
+import errno, os, resource, signal, sys
+def child(act):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+        except (MemoryError, OSError):
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1] != 0
+def memory():
+    held = [bytearray(8 << 20) for _ in range(200)]
+def forks():
+    pids = []
+    try:
+        while len(pids) < 500:
+            pid = os.fork()
+            if pid == 0:
+                signal.pause()
+            pids.append(pid)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            os.waitpid(pid, 0)
+def descriptors():
+    while True:
+        os.dup(0)
+def disk():
+    try:
+        with open("/var/tmp/full", "wb") as file:
+            for _ in range(200):
+                file.write(bytes(1 << 20)); file.flush()
+    finally:
+        os.unlink("/var/tmp/full")
+def cpu():
+    resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+    signal.setitimer(signal.ITIMER_PROF, 0.02)
+    while True:
+        pass
+ended = {act.__name__: sum(child(act) for _ in range(20))
+         for act in (memory, forks, descriptors, disk, cpu)}
+print(ended)
+"""
+    profile = workspace.parent / "small.toml"
+    profile.write_text(
+        'extends = "default"\n[limits]\nmemory = "96M"\npids = 64\ncpus = 1\nscratch = "32M"\n'
+    )
+    options = ("--profile", str(profile), "--net", "none")
+    done = run("/usr/bin/python3", "-c", script, cwd=workspace, options=options, timeout=300)
+    wanted = dict.fromkeys(("memory", "forks", "descriptors", "disk", "cpu"), 20)
+    assert done.out.strip() == str(wanted), (done.out, done.err)
+    kinds = {event["kind"] for event in done.events}
+    assert {"limits.oom", "limits.pids"} <= kinds

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -526,6 +527,29 @@ def test_gc_after_the_last_one_was_killed() -> None:
             network.gc(set())
             assert remainder() == NOTHING
             assert network.gc(set()) == []
+
+
+@on_a_machine
+def test_gc_waits_for_what_a_killed_launcher_started() -> None:
+    """A launcher's ``nft`` outlives it for a moment: gc comes after it, not before."""
+    slow = Path(shared.NET.parent, "bin")
+    slow.mkdir()
+    real = shutil.which("nft")
+    (slow / "nft").write_text(f'#!/bin/sh\ncase "$*" in *-f*) sleep 0.7;; esac\nexec {real} "$@"\n')
+    (slow / "nft").chmod(0o755)
+    pid = os.fork()
+    if pid == 0:
+        os.environ["PATH"] = f"{slow}:{os.environ['PATH']}"
+        with suppress(BaseException), agent(plan(ipv6=True)):
+            pass
+        os._exit(0)
+    time.sleep(0.4)  # its nft has begun
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert sh("nft list ruleset") == ""
+    network.gc(set())
+    time.sleep(0.7)
+    assert remainder() == NOTHING
 
 
 @on_a_machine

@@ -4,7 +4,6 @@
 """
 
 from test_network_plumbing import (  # noqa: F401 - pytest collects them from here
-    test_a_host_elsewhere_is_reached_by_nat,
     test_agents_are_kept_apart,
     test_services_of_an_agent_go_with_it,
     test_the_host_serves_an_agent_only_what_is_allowed,
