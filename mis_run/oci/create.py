@@ -14,12 +14,12 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from mis_run import profiles, state
 from mis_run.errors import SetupError, UsageError
 from mis_run.linux import memfd
-from mis_run.model import Host
 from mis_run.oci import dangers, edit, guardian, operator, planning, runs, spec
 from mis_run.oci.operator import Operator
 from mis_run.oci.order import INFO, RESOLV_CONF, SOCKET, Order
@@ -43,15 +43,7 @@ def create(call: Call, runtime: str, decided: Operator) -> int:
     """The container, held and guarded; returns 0. Raises MisError, and nothing is left then."""
     found = spec.read(_bundle(call))
     order = prepare(call, Path(runtime), found, decided)
-    # Of this machine only what the configuration needs; the supervisor looks at all of it.
-    machine = Host(
-        mechanisms={},
-        cgroup="",
-        unified=None,
-        controllers={},
-        runtime=None,
-        cpus=len(os.sched_getaffinity(0)),
-    )
+    machine = replace(planning.SKETCH, cpus=len(os.sched_getaffinity(0)))
     plan = planning.make(order.profile, found, decided, machine, order.name)
     with guardian.start(order) as supervisor:
         run_dir = supervisor.run_dir()

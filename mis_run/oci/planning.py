@@ -35,6 +35,10 @@ ENGINES_RESOLVER = "127.0.0.11"
 BASICS = ("root", "cgroup-v2", "runtime", "cgroup-bpf", "seccomp-notify")
 """Without these there is nothing to guard a container with."""
 
+SKETCH = Host(mechanisms={}, cgroup="", unified=None, controllers={}, runtime=None)
+"""A machine that nobody has looked at: enough for what a configuration needs of a plan. The
+supervisor makes the plan that is checked, while the OCI runtime works."""
+
 NOT_HERE = Finding(False, "not given to containers of an engine yet", "leave it out of [require]")
 
 

@@ -22,6 +22,7 @@ from mis_run import (
     host,
     liveness,
     names,
+    network,
     report,
     requests,
     runtime,
@@ -35,7 +36,7 @@ from mis_run.guards import counters, escape, file, file_policy, net
 from mis_run.guards.file_policy import Policy
 from mis_run.later import Later
 from mis_run.linux import memfd
-from mis_run.model import NetMode, Plan
+from mis_run.model import NetMode, NetPlan, Plan
 from mis_run.oci import container, planning, runs
 from mis_run.oci.order import CANARY, Caller, Order, Place
 from mis_run.rootfs import Root
@@ -141,14 +142,15 @@ def _guarded(
     order: Order, run_dir: state.RunDir, place: Place, record: report.Record, caller: Caller
 ) -> dict[str, Any]:
     """Everything in its order, as far as possible while the OCI runtime makes the container."""
-    plan = planning.make(order.profile, order.spec, order.operator, host.probe(), order.name)
-    planning.check(plan)
-    settings, enforce = plan.profile, plan.profile.enforce
+    settings, enforce = order.profile, order.profile.enforce
     with ExitStack() as stack:
         on = stack.enter_context
         loop = on(supervise.loop())
-        loading = Later(lambda: net.load(plan.network, enforce=enforce))
+        loading = Later(lambda: net.load(_network(order), enforce=enforce))
         stack.callback(loading.wait)
+        machine = host.probe()
+        plan = planning.make(order.profile, order.spec, order.operator, machine, order.name)
+        planning.check(plan)
         resolver = own_address(run_dir.id)
         briefing.write(plan, place.info)
         place.resolv_conf.write_text(names.resolv_conf(resolver))
@@ -246,6 +248,12 @@ def _guarded(
         ending = watcher.ending
         code = None if ending is ENDED else ending.code  # the engine knows the container's own
         return {"ending": ending.how, "code": code, **watcher.measurements()}
+
+
+def _network(order: Order) -> NetPlan:
+    """The network rules, which need nothing of the machine but its addresses."""
+    here = replace(planning.SKETCH, addresses=network.host_addresses())
+    return planning.make(order.profile, order.spec, order.operator, here, None).network
 
 
 def _facts(order: Order, plan: Plan, record: report.Record) -> dict[str, Any]:
