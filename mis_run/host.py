@@ -110,8 +110,13 @@ def _root() -> Finding:
     if os.geteuid() == 0:
         return Finding(True, "running as root")
     return Finding(
-        False, "mis-run needs root to make cgroups, mounts and BPF programs", "sudo mis-run …"
+        False, "mis-run needs root to make cgroups, mounts and BPF programs", f"sudo {_own_name()} …"
     )
+
+
+def _own_name() -> str:
+    """How a person calls us: in a checkout nothing is installed in PATH."""
+    return "./mis-run" if (ROOT / "mis-run").exists() else "mis-run"
 
 
 def _mounts() -> tuple[tuple[str, str], ...]:
