@@ -110,7 +110,9 @@ def _root() -> Finding:
     if os.geteuid() == 0:
         return Finding(True, "running as root")
     return Finding(
-        False, "mis-run needs root to make cgroups, mounts and BPF programs", f"sudo {_own_name()} …"
+        False,
+        "mis-run needs root to make cgroups, mounts and BPF programs",
+        f"sudo {_own_name()} …",
     )
 
 
