@@ -7,7 +7,6 @@ copy).  Reads the file system; decides nothing (`judge` is pure but for hashing)
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,6 +59,8 @@ class Policy:
 
 def digest(fd: int) -> str:
     """The SHA-256 of an open file, read from its beginning without moving its position."""
+    import hashlib  # late: 3 ms, and most runs never ask
+
     found, at = hashlib.sha256(), 0
     while block := os.pread(fd, 1 << 20, at):
         found.update(block)
