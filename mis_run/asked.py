@@ -19,6 +19,7 @@ from typing import Any
 from mis_run import namespace
 from mis_run.errors import SetupError
 
+OWN = "127.0.0.1"  # where an agent finds its resolver
 MOST_CLIENTS = 32  # TCP connections at once
 CLIENT_TIME = 5.0  # seconds from a connection to its question
 AT_ONCE = 64  # datagrams read before others get their turn
@@ -225,15 +226,18 @@ def _send_and_close(sock: socket.socket, answer: bytes) -> None:
     sock.close()
 
 
-def sockets(netns: int) -> list[socket.socket]:
-    """UDP and TCP sockets on port 53 of a namespace's loopback. Raises SetupError."""
+def sockets(netns: int, address: str = OWN) -> list[socket.socket]:
+    """UDP and TCP sockets on port 53 of ``address``, on a namespace's loopback.
+
+    Raises SetupError.
+    """
 
     def make() -> list[socket.socket]:
         with ExitStack() as stack:
             made = []
             for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
                 sock = stack.enter_context(socket.socket(socket.AF_INET, kind))
-                sock.bind(("127.0.0.1", 53))
+                sock.bind((address, 53))
                 made.append(sock)
             made[1].listen(16)
             stack.pop_all()

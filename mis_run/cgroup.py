@@ -46,11 +46,12 @@ class Cgroup:
         root: Path,
         controllers: Mapping[str, Path],
         parent: PurePosixPath = OURS,
+        leaf: str = LEAF,
     ) -> None:
         self.place = str(parent / run_id)
-        self.oci_path = f"{self.place}/{LEAF}"
+        self.oci_path = str(PurePosixPath(self.place, leaf))
         self.unified = root / self.place[1:]
-        self.agent = self.unified / LEAF
+        self.agent = self.unified / leaf
         self.unavailable: dict[str, str] = {}
         self._root = root
         self._tops = list(dict.fromkeys([root, *controllers.values()]))
@@ -58,7 +59,7 @@ class Cgroup:
             name: path / self.place[1:] for name, path in controllers.items() if path != root
         }
         self._v2 = [name for name, path in controllers.items() if path == root]
-        self._places = cgroup_stats.Places(self.unified, self._v1, LEAF)
+        self._places = cgroup_stats.Places(self.unified, self._v1, leaf)
         self._watch = cgroup_stats.LimitsWatch(self._places)
 
     @property

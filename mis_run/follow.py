@@ -146,8 +146,12 @@ class Follower:
     def follow(self) -> None:
         """Watch an agent that runs, from its first moment or from where a supervisor was lost."""
         self.loop.remove(self.box.fileno())
-        self.started = time.monotonic()
         self.loop.add(self.box.fileno(), self._from_shim)
+        self._begin()
+        self._from_shim()  # a short agent has ended before we looked
+
+    def _begin(self) -> None:
+        self.started = time.monotonic()
         self.loop.add(self.box.pidfd, self._gone)
         self.loop.every(LIMITS_EVERY, self._look)
         liveness = self.plan.profile.liveness
@@ -161,7 +165,6 @@ class Follower:
         self.loop.every(liveness.beat, starvation.beat)
         if timeout := self.plan.limits.timeout:
             self.loop.after(timeout, self._timed_out)
-        self._from_shim()  # a short agent has ended before we looked
 
     def emit(self, events: Iterable[Event]) -> None:
         """Record events and let violations count; DEFCON 1 ends the run."""

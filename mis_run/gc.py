@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mis_run import cgroup, network, state, trees
+from mis_run import cgroup, cgroup_kill, network, state, trees
 
 
 @dataclass(slots=True)
@@ -56,6 +56,19 @@ def _end_runtimes(dead: list[Path]) -> None:
                 os.close(fd)
 
 
+def _end_containers(dead: list[Path], live: list[Path]) -> None:
+    """Kill an engine's containers that lost supervisor and watchdog: nobody counts there any more.
+
+    By cgroup, unless a live run has the same one: engines use a container's name again.
+    """
+    guarded = {state.facts(path).get("cgroup") for path in live}
+    for path in dead:
+        group = state.facts(path).get("cgroup")
+        if isinstance(group, str) and group not in guarded:
+            with suppress(OSError):  # it is gone already
+                cgroup_kill.write(Path(group) / "cgroup.kill", "1")
+
+
 def collect() -> Removed:
     """Remove every remainder of every dead run."""
     removed = Removed()
@@ -65,7 +78,9 @@ def collect() -> Removed:
         paths = state.run_dirs()
         live = {path.name for path in paths if state.is_live(path)}
         # Processes first: nothing else can be removed while they hold it.
-        _end_runtimes([path for path in paths if path.name not in live])
+        dead = [path for path in paths if path.name not in live]
+        _end_runtimes(dead)
+        _end_containers(dead, [path for path in paths if path.name in live])
         removed.cgroups = cgroup.gc(live)
         removed.network = network.gc(live)
         for path in paths:

@@ -12,6 +12,7 @@ import click
 
 from mis_run import __version__
 from mis_run.errors import MissingGuarantee, NotFound, UsageError
+from mis_run.manage_docker import docker
 from mis_run.manage_profiles import JSON, profile
 
 
@@ -23,6 +24,9 @@ from mis_run.manage_profiles import JSON, profile
 @click.version_option(__version__, "--version", "-V", message="mis-run %(version)s")
 def command() -> None:
     """Look at guarded agents, end them, and check this machine."""
+
+
+command.add_command(docker)
 
 
 def _print(value: Any) -> None:

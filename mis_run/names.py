@@ -234,12 +234,13 @@ def serve_plan(
     on_event: Callable[[Event], None],
     *,
     enforce: bool = True,
+    address: str = asked.OWN,
 ) -> Iterator[None]:
     """Resolve a plan's names, and answer the agent inside ``netns``, until the context ends.
 
     In host mode (no ``netns``) the agent asks the host's resolver, which a rule must allow.
     ``enforce`` false: names that no rule has are resolved for the agent too, with an event.
-    Raises SetupError, UsageError.
+    ``address`` is where in its namespace we answer.  Raises SetupError, UsageError.
     """
     wanted = of(plan.allow)
     if plan.mode is NetMode.NONE or (netns is None and not wanted):
@@ -248,7 +249,7 @@ def serve_plan(
     resolvers = upstream(plan.resolvers)
     served = Names(
         wanted,
-        sockets=asked.sockets(netns) if netns is not None else (),
+        sockets=asked.sockets(netns, address) if netns is not None else (),
         resolvers=resolvers,
         is_denied=table.denier(map(rules.parse, plan.allow), plan.host_addresses),
         ipv6=plan.ipv6 or plan.mode is NetMode.HOST,
@@ -269,6 +270,6 @@ def of(plan_rules: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in found if name))
 
 
-def resolv_conf() -> str:
+def resolv_conf(address: str = asked.OWN) -> str:
     """The agent's /etc/resolv.conf."""
-    return "nameserver 127.0.0.1\noptions timeout:5 attempts:1\n"
+    return f"nameserver {address}\noptions timeout:5 attempts:1\n"

@@ -103,10 +103,10 @@ def create(
         box = Box(base, run_id, pid, ours)
         stack.callback(_end, box)
         if console is not None:
-            box.pty = _receive(console)
+            box.pty = receive(console)
             stack.callback(os.close, box.pty)
         if listener is not None:
-            box.seccomp_fd = _receive(listener)
+            box.seccomp_fd = receive(listener)
             stack.callback(os.close, box.seccomp_fd)
         yield box
 
@@ -171,7 +171,7 @@ def _listen(stack: ExitStack, path: Path) -> socket.socket:
     return listener
 
 
-def _receive(listener: socket.socket) -> int:
+def receive(listener: socket.socket) -> int:
     """The descriptor a runtime sent to one of our sockets."""
     try:
         peer, _ = listener.accept()

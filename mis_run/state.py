@@ -7,7 +7,6 @@ not state: `report` writes them elsewhere.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -17,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mis_run import trees
+from mis_run import locks, trees
 from mis_run.errors import NotFound, SetupError, UsageError
 
 STATE = Path("/run/mis")
@@ -111,20 +110,7 @@ def run_dirs() -> list[Path]:
 
 def is_live(path: Path) -> bool:
     """Whether a process holds the run's lock."""
-    try:
-        fd = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        return True
-    else:
-        return False
-    finally:
-        os.close(fd)
+    return locks.held(str(path))
 
 
 def facts(path: Path) -> dict[str, Any]:

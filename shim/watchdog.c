@@ -197,6 +197,7 @@ static void clean_up(char **gc)
 static void close_run(const char *why, char **gc)
 {
 	say("closed", why, end_agent());
+	cgroup_write("cgroup.freeze", "0"); /* an engine may use its container's cgroup again */
 	end_supervisor();
 	clean_up(gc);
 }

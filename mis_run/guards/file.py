@@ -80,7 +80,7 @@ class FileGuard:
         self._late = slow
         self._judge = Judge(policy, canary)
         self._canary = canary
-        self._init = init
+        self.init = init  # whose opens of the canary are our own trials
         self._delay = delay
         self._effects = effects
         self._judge.effects = effects()
@@ -199,7 +199,7 @@ class FileGuard:
         """The init's own attempts; a child of its executes the canary before there is an agent."""
         if self._proving and identity == self._canary:
             return True
-        return opened.thread == self._init
+        return opened.thread == self.init
 
     # ---- answering ------------------------------------------------------------------------
 

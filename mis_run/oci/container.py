@@ -1,0 +1,158 @@
+"""The engine's container as the supervisor sees it: its cgroup, its init, a canary beside it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+from mis_run import cgroup_kill
+from mis_run.box import Box
+from mis_run.build import built
+from mis_run.cgroup import Cgroup
+from mis_run.errors import SetupError, VerifyError
+from mis_run.linux import libc
+from mis_run.model import Host
+
+LIFELINE = 3  # the canary's descriptor, see shim/init.c
+FILTERED = "2"  # SECCOMP_MODE_FILTER in proc_pid_status(5)
+
+
+class EngineCgroup(Cgroup):
+    """A cgroup that the engine made, will remove, or will use again: identity, numbers, killing."""
+
+    def kill(self) -> None:
+        """As `Cgroup.kill`, and thawed: a container made here again must not begin frozen.
+
+        What an engine has paused by the v1 freezer dies only when that thaws.
+        """
+        super().kill()
+        cgroup_kill.freeze(self.unified, on=False, timeout=0.0)
+        if freezer := self._v1.get("freezer"):
+            cgroup_kill.freeze_v1(freezer, on=False, timeout=0.1)
+
+
+def cgroup_of(pid: int, host: Host) -> EngineCgroup:
+    """The cgroup of a container's init. Raises SetupError when it is not the container's alone."""
+    assert host.unified is not None
+    paths = _paths(Path(f"/proc/{pid}/cgroup"))
+    ours = _paths(Path("/proc/self/cgroup"))[""]
+    place = PurePosixPath(paths[""])
+    if PurePosixPath(ours).is_relative_to(place) or not (host.unified / str(place)[1:]).is_dir():
+        raise SetupError(
+            f"the container has no cgroup of its own (cgroup v2: {place})",
+            hint="mis-run tells containers apart by their cgroups; see docs/docker.md",
+        )
+    controllers = {
+        name: top
+        for name, top in host.controllers.items()
+        if top == host.unified or paths.get(name) == str(place)
+    }
+    return EngineCgroup(place.name, host.unified, controllers, place.parent, leaf="")
+
+
+def _paths(file: Path) -> dict[str, str]:
+    """controller → path in its hierarchy, ``""`` for cgroup v2."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError as error:
+        raise SetupError(f"{file}: {error.strerror}: the container's init ended") from error
+    fields = (line.split(":", 2) for line in lines)
+    return {name: path for _, names, path in fields for name in names.split(",")}
+
+
+def check_filter(pid: int) -> None:
+    """The container's init waits behind its filter and cannot gain rights. Raises VerifyError."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError as error:
+        raise SetupError(f"the container's init (pid {pid}) ended") from error
+    status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if status.get("Seccomp") != FILTERED or status.get("NoNewPrivs") != "1":
+        raise VerifyError(
+            "escape guard: the container's init has no seccomp filter, or may gain rights "
+            f"(Seccomp {status.get('Seccomp')}, NoNewPrivs {status.get('NoNewPrivs')})",
+            hint="the OCI runtime must be built with seccomp: runc --version",
+        )
+
+
+class EngineBox(Box):
+    """The container's init, which is not our child and has no shim of ours.
+
+    What is tried inside the container's cgroup is tried by a canary (`canary`).
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            super().__init__([], "", pid, self._ours)
+        except OSError as error:
+            raise SetupError(f"the container's init (pid {pid}) ended") from error
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the container's init."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def read(self) -> list[tuple[str, int]]:
+        """Nothing: only its end is seen, by its pidfd."""
+        return []
+
+    def close(self) -> None:
+        """Give back every descriptor."""
+        super().close()
+        self._ours.close()
+        self.theirs.close()
+
+
+def _be_canary(box: EngineBox, program: int, nothing: int) -> None:
+    """In a child of ours: enter the container's mounts and become the canary."""
+    try:
+        libc.setns(box.pidfd, libc.CLONE_NEWNS)
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in (program, nothing)]
+        os.dup2(box.theirs.fileno(), LIFELINE)
+        for number in range(3):
+            os.dup2(high[1], number)
+        os.execve(high[0], ["mis-init", str(LIFELINE), "--", "true"], {})
+    finally:
+        os._exit(127)
+
+
+@contextmanager
+def box_of(pid: int) -> Iterator[EngineBox]:
+    """The box around a container's init."""
+    box = EngineBox(pid)
+    try:
+        yield box
+    finally:
+        box.close()
+
+
+@contextmanager
+def canary(box: EngineBox, group: Cgroup) -> Iterator[int]:
+    """A process of ours in the container's cgroup and among its mounts, which `Box.probe` talks
+    to; yields its pid.
+
+    It is `mis-init`, as in a container of our own, but in our other namespaces and without the
+    container's filter.
+    """
+    program = os.open(built("mis-init"), os.O_RDONLY | os.O_CLOEXEC)
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        _be_canary(box, program, nothing)
+    os.close(program)
+    os.close(nothing)
+    box.theirs.close()
+    try:
+        cgroup_kill.write(group.unified / "cgroup.procs", str(pid))
+        yield pid
+    except OSError as error:
+        raise SetupError(f"the canary cannot enter {group.unified}: {error.strerror}") from error
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

@@ -1,0 +1,179 @@
+"""Profile + container + host → Plan, as `plan.make` does for a command. Pure.
+
+What differs: the container, its root, its network and its storage are the engine's; ours are the
+rules.  `check` refuses what this machine, or an engine's container, cannot give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from mis_run import profiles, rules
+from mis_run.errors import MissingGuarantee, UsageError
+from mis_run.events import Guarantee
+from mis_run.model import (
+    Bind,
+    Finding,
+    Host,
+    Limits,
+    Mechanism,
+    NetMode,
+    NetPlan,
+    OnLoss,
+    Plan,
+    Profile,
+    User,
+)
+from mis_run.oci.operator import Operator
+from mis_run.oci.spec import Spec
+
+ENGINES_RESOLVER = "127.0.0.11"
+"""Docker's own DNS server inside user-defined networks: asking it anything is a way out."""
+
+BASICS = ("root", "cgroup-v2", "runtime", "cgroup-bpf", "seccomp-notify")
+"""Without these there is nothing to guard a container with."""
+
+NOT_HERE = Finding(False, "not given to containers of an engine yet", "leave it out of [require]")
+
+
+def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str | None) -> Plan:
+    """Decide everything. Raises UsageError where profile, container and operator contradict."""
+    profile = _with_operator(profile, operator)
+    network = _network(profile, spec, host)
+    variables = spec.environment
+    cwd = Path(str(spec.at("process.cwd", "/")))
+    home = variables.get("HOME", "/root")
+    facts = {"HOME": home, "WORKSPACE": str(cwd)}
+    profile = _for_an_image(profile)
+    user = spec.at("process.user", {})
+    return Plan(
+        name=name,
+        command=tuple(spec.at("process.args", ())),
+        cwd=cwd,
+        env=(),
+        user=User(int(user.get("uid", 0)), int(user.get("gid", 0)), (), _user(user), home),
+        tty=False,  # the engine's, if there is one
+        rootfs=spec.root,
+        binds=tuple(_binds(spec, cwd)),
+        masked=profiles.expand(profile.files.deny, facts),
+        protected=profiles.expand(profile.files.protect, facts),
+        mechanisms=tuple(_mechanisms(profile, host)),
+        profile=profile,
+        network=network,
+        limits=_limits(profile.limits, host),
+        host=host,
+        waived=operator.waived - operator.minimum,
+    )
+
+
+def _for_an_image(profile: Profile) -> Profile:
+    """The named sets as they mean an image: the system is all of it, and the host's secrets are
+    not in it (its /root and /var/log are its own)."""
+
+    def widened(entries: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple("/**" if entry == "@system" else entry for entry in entries)
+
+    files, programs = profile.files, profile.exec
+    denied = tuple(entry for entry in files.deny if entry != "@secrets")
+    return replace(
+        profile,
+        files=replace(files, read=widened(files.read), write=widened(files.write), deny=denied),
+        exec=replace(programs, allow=widened(programs.allow)),
+    )
+
+
+def _binds(spec: Spec, cwd: Path) -> Iterator[Bind]:
+    """The volumes, and where the working directory lies on the host."""
+    volumes = {}
+    for mount in spec.at("mounts", []):
+        source, target = mount.get("source"), mount.get("destination")
+        options = mount.get("options") or []
+        if source and target and (mount.get("type") == "bind" or {"bind", "rbind"} & {*options}):
+            volumes[Path(target)] = Path(source)
+            yield Bind(Path(source), Path(target), readonly="ro" in options)
+    if cwd not in volumes and cwd != Path("/"):
+        above = next((parent for parent in cwd.parents if parent in volumes), Path("/"))
+        yield Bind(volumes.get(above, spec.root) / cwd.relative_to(above), cwd)
+
+
+def _user(user: dict[str, object]) -> str:
+    return str(user.get("username") or user.get("uid", 0))
+
+
+def _with_operator(profile: Profile, operator: Operator) -> Profile:
+    if not profile.enforce and "audit" not in operator.allow:
+        raise UsageError(
+            f"profile {profile.name} only records ([mode] enforce = false)",
+            hint='the operator can allow that for containers: allow = ["audit"]',
+        )
+    if profile.liveness.on_loss is OnLoss.OPEN:
+        raise UsageError(
+            f"profile {profile.name}: liveness.on_loss = 'open' is not possible for containers",
+            hint="use 'closed': the container ends with its supervisor",
+        )
+    return replace(profile, require=profile.require - operator.waived | operator.minimum)
+
+
+def _network(profile: Profile, spec: Spec, host: Host) -> NetPlan:
+    mode = profile.network.mode
+    shared = spec.shares("network")
+    if shared and mode is not NetMode.HOST:
+        raise UsageError(
+            f"profile {profile.name} has network mode '{mode}', but the container would be in "
+            "the host's network namespace",
+            hint="leave out --network host, or use a profile with [network] mode = 'host'",
+        )
+    if not shared and mode is NetMode.HOST:
+        mode = NetMode.GUARDED
+    for text in profile.network.allow:
+        rules.parse(text)
+    return NetPlan(
+        mode=mode,
+        ipv6=True,  # whatever the engine gives
+        allow=() if mode is NetMode.NONE else profile.network.allow,
+        listen=profile.network.listen,
+        resolvers=profile.network.resolvers,
+        host_addresses=(*host.addresses, *([] if shared else [ENGINES_RESOLVER])),
+    )
+
+
+def _limits(limits: Limits, host: Host) -> Limits:
+    if limits.cpus is not None and limits.cpus >= host.cpus:
+        limits = replace(limits, cpus=None)  # no limit; the kernel would refuse or ignore it
+    # What follows is the engine's storage driver's business.
+    return replace(limits, io_read=None, io_write=None, scratch=None)
+
+
+def _mechanisms(profile: Profile, host: Host) -> list[Mechanism]:
+    wanted = [(Guarantee.NET, "cgroup-bpf"), (Guarantee.ESCAPE, "seccomp-notify")]
+    wanted += [(Guarantee.LIMITS, name) for name in _limits(profile.limits, host).controllers()]
+    wanted += [(Guarantee.COUNTERS, "perf-cgroup")] if profile.counters else []
+    found = [
+        Mechanism(guarantee, name, host.mechanisms.get(name, NOT_HERE))
+        for guarantee, name in wanted
+    ]
+    files = host.mechanisms.get("fanotify", NOT_HERE)
+    found += [Mechanism(one, "fanotify", files) for one in (Guarantee.FILE, Guarantee.EXEC)]
+    found.append(
+        Mechanism(Guarantee.LIVENESS, "watchdog", host.mechanisms.get("watchdog", NOT_HERE))
+    )
+    return found
+
+
+def check(plan: Plan) -> None:
+    """Raise MissingGuarantee unless this host gives every basic and every required guarantee."""
+    for name in BASICS:
+        finding = plan.host.mechanisms[name]
+        if not finding.ok:
+            raise MissingGuarantee(
+                f"cannot guard a container here: {finding.detail}", hint=finding.fix
+            )
+    for mechanism in plan.mechanisms:
+        if not mechanism.finding.ok and mechanism.guarantee in plan.profile.require:
+            raise MissingGuarantee(
+                f"profile {plan.profile.name} requires '{mechanism.guarantee}', but "
+                f"{mechanism.name} is missing: {mechanism.finding.detail}",
+                hint=mechanism.finding.fix,
+            )
