@@ -38,7 +38,8 @@ class _Functions:
         self.program_name = _text("bpf_program__name", lib)
         self.section = _text("bpf_program__section_name", lib)
         self.pin_at = lib._number("bpf_map__set_pin_path", c_void_p, c_char_p)
-        self.autoload = lib._number("bpf_program__set_autoload", c_void_p, c_bool)
+        self.set_autoload = lib._number("bpf_program__set_autoload", c_void_p, c_bool)
+        self.autoload = lib._function("bpf_program__autoload", c_bool, (c_void_p,), lambda _: False)
         self.program_fd = lib._number("bpf_program__fd", c_void_p)
         self.attach = lib._pointer("bpf_program__attach_lsm", c_void_p)
         self.pin_link = lib._number("bpf_link__pin", c_void_p, c_char_p)
@@ -82,9 +83,9 @@ def hooks(names: list[str]) -> dict[str, int]:
 def load_and_pin(path: Path, maps: Path, links: Path) -> dict[str, str]:
     """Load an object, attach each program to its hook, pin all; returns program → hook.
 
-    Maps that are pinned in ``maps`` already are shared with the objects before.  Programs whose
-    section begins with ``?`` are left out where the kernel lacks the hook.  Raises SetupError;
-    what was pinned until then is the caller's to remove.
+    Maps that are pinned in ``maps`` already are shared with the objects before.  Programs that are
+    optional (a section that begins with ``?``) are left out where the kernel lacks the hook.
+    Raises SetupError; what was pinned until then is the caller's to remove.
     """
     bpf, base = _functions(), libbpf._bpf()
     libbpf._said.clear()
@@ -101,8 +102,8 @@ def load_and_pin(path: Path, maps: Path, links: Path) -> dict[str, str]:
             wanted = [section.partition("/")[2] for _, section in programs.values()]
             known = hooks(wanted)
             for one, (_, section) in programs.items():
-                if section.startswith("?"):
-                    bpf.autoload(one, section.partition("/")[2] in known)
+                if not bpf.autoload(one):
+                    bpf.set_autoload(one, section.partition("/")[2] in known)
             base.load(handle)
             done = {}
             for one, (name, section) in programs.items():
