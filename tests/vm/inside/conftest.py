@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -117,6 +117,20 @@ def tree(
         yield made
 
 
+@pytest.fixture(scope="module")
+def cgroups() -> Iterator[Callable[[], Path]]:
+    """Makes cgroups, which go with the module."""
+    made: list[Path] = []
+
+    def make() -> Path:
+        made.append(group())
+        return made[-1]
+
+    yield make
+    for folder in made:
+        _remove(folder)
+
+
 @pytest.fixture
 def agent() -> Iterator[Path]:
     """The cgroup that a test guards."""
@@ -126,11 +140,9 @@ def agent() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def neighbour() -> Iterator[Path]:
+def neighbour(cgroups: Callable[[], Path]) -> Path:
     """A cgroup that nobody guards."""
-    folder = group()
-    yield folder
-    _remove(folder)
+    return cgroups()
 
 
 def _remove(folder: Path) -> None:
@@ -150,16 +162,11 @@ def _rmdir(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def guarded(tree: Tree) -> Iterator[tuple[Path, lsm.LsmGuard]]:
-    """A guarded cgroup that many tests share: no level is reached."""
-    folder = group()
-    with lsm.attach(folder, tree.policy(no_wx=True, defcon=_calm())) as guard:
+def guarded(tree: Tree, cgroups: Callable[[], Path]) -> Iterator[tuple[Path, lsm.LsmGuard]]:
+    """A guarded cgroup that many tests share: levels have no effect."""
+    folder = cgroups()
+    with lsm.attach(folder, tree.policy(no_wx=True, defcon=lsm.Defcon(act=False))) as guard:
         yield folder, guard
-    _remove(folder)
-
-
-def _calm() -> lsm.Defcon:
-    return lsm.Defcon(act=False)
 
 
 @pytest.fixture(scope="session", autouse=True)

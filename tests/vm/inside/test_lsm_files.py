@@ -319,7 +319,10 @@ def judged(rows: list[Row], tree: Any, guarded: tuple[Path, lsm.LsmGuard], neigh
         row.prepare(tree)
     guard.read()
     before = guard.counts()
-    assert errnos(group, rows, tree) == [row.expected for row in rows]
+    got = errnos(group, rows, tree)
+    if set(got) == {errno.ENOTSUP}:
+        pytest.skip("this file system has no such call")
+    assert got == [row.expected for row in rows]
     events = guard.read()
     assert guard.counts().denied - before.denied == len(events)
     denied = [row for row in rows if row.expected == EPERM]
