@@ -8,6 +8,7 @@ its last agent (`sweep`).  So there is no moment without programs, and no format
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -29,18 +30,23 @@ ACTIVE = Path("/sys/kernel/security/lsm")
 
 
 def supported() -> dict[str, Finding]:
-    """Whether BPF programs can be LSM hooks here: one is loaded, none attached."""
-    fix = "boot with lsm=...,bpf (docs/decisions/kernel-plane.md)"
+    """Whether BPF programs can be LSM hooks here: one is loaded, none attached.
+
+    Takes some 20 ms, to find the hook in the kernel's BTF.
+    """
+    boot = "boot with lsm=…,bpf: docs/decisions/kernel-plane.md"
     with suppress(OSError):
         if "bpf" not in ACTIVE.read_text().strip().split(","):
-            return {"bpf-lsm": Finding(False, "the BPF LSM is not active on this machine", fix)}
+            return {"bpf-lsm": Finding(False, "the BPF LSM is not active on this machine", boot)}
     try:
         bpf_pins.try_lsm()
-    except (OSError, SetupError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error.message
-        detail = f"this kernel refuses LSM programs: {reason}"
-        return {"bpf-lsm": Finding(False, detail, fix)}
-    return {"bpf-lsm": Finding(True, "an LSM program loads")}
+    except SetupError as error:
+        return {"bpf-lsm": Finding(False, error.message, error.hint)}
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        fix = boot if error.errno != errno.EPERM else "run as root, on a kernel that allows them"
+        return {"bpf-lsm": Finding(False, f"the kernel refuses LSM programs: {reason}", fix)}
+    return {"bpf-lsm": Finding(True, "an LSM program loads; launches do not use them yet")}
 
 
 def version() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mis_run import cgroup_detect
-from mis_run.guards import lsm, lsm_plane, lsm_policy
+from mis_run.guards import lsm, lsm_policy
 from mis_run.guards.lsm_abi import Right, RuleFlag
 
 READ, WRITE, EXEC, CREATE, DELETE = Right.READ, Right.WRITE, Right.EXEC, Right.CREATE, Right.DELETE
@@ -167,9 +167,3 @@ def guarded(tree: Tree, cgroups: Callable[[], Path]) -> Iterator[tuple[Path, lsm
     folder = cgroups()
     with lsm.attach(folder, tree.policy(no_wx=True, defcon=lsm.Defcon(act=False))) as guard:
         yield folder, guard
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _leave_nothing() -> Iterator[None]:
-    yield
-    lsm_plane.unload()
