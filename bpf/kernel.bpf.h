@@ -84,6 +84,23 @@ struct cgroup {
 	struct cgroup *ancestors[]; /* 6.1 */
 };
 
+struct sock_cgroup_data {
+	struct cgroup *cgroup;
+};
+
+struct sock {
+	struct sock_cgroup_data sk_cgrp_data;
+};
+
+struct socket {
+	struct sock *sk;
+};
+
+struct unix_sock {
+	void *addr;
+	struct path path;
+};
+
 struct css_set {
 	struct cgroup *dfl_cgrp;
 };

@@ -9,7 +9,8 @@
  *   settime, syslog, quotactl, quota_on, locked_down, tun_dev_create          refused
  *   capable                                  a capability the agent is not given: refused
  *   ptrace_access_check, ptrace_traceme, task_kill, task_setnice, task_setscheduler,
- *   task_setioprio, task_setpgid, task_movememory     a task of another agent or of none: refused
+ *   task_setioprio, task_setpgid, task_setrlimit, task_movememory
+ *                                            a task of another agent or of none: refused
  *
  * Only the agent is judged: a debugger of the host may trace it.
  */
@@ -136,6 +137,12 @@ int BPF_PROG(mis_task_setioprio, struct task_struct *task)
 
 SEC("lsm/task_setpgid")
 int BPF_PROG(mis_task_setpgid, struct task_struct *task)
+{
+	return across(MIS_ACT_SCHEDULER, task, 0, 0);
+}
+
+SEC("lsm/task_setrlimit")
+int BPF_PROG(mis_task_setrlimit, struct task_struct *task)
 {
 	return across(MIS_ACT_SCHEDULER, task, 0, 0);
 }

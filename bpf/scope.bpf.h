@@ -87,10 +87,10 @@ static __noinline __u64 current_agent(void)
 	return scope->agent;
 }
 
-/* Whether a task is in the agent's cgroup or below, whatever it remembers. */
-static __always_inline int belongs(const struct task_struct *task, __u64 id, __u32 depth)
+/* Whether a cgroup is the agent's or below, by its path from the root. */
+static __always_inline int is_inside(struct cgroup *cgroup, __u64 id, __u32 depth)
 {
-	struct cgroup *cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp), *ancestor = NULL;
+	struct cgroup *ancestor = NULL;
 
 	if (BPF_CORE_READ(cgroup, level) < (int)depth)
 		return 0;
@@ -98,6 +98,12 @@ static __always_inline int belongs(const struct task_struct *task, __u64 id, __u
 			      (void *)cgroup + bpf_core_field_offset(struct cgroup, ancestors) +
 				      depth * sizeof(ancestor));
 	return BPF_CORE_READ(ancestor, kn, id) == id;
+}
+
+/* Whether another task belongs to the agent, whatever it remembers. */
+static __always_inline int belongs(const struct task_struct *task, __u64 id, __u32 depth)
+{
+	return is_inside(BPF_CORE_READ(task, cgroups, dfl_cgrp), id, depth);
 }
 
 #endif

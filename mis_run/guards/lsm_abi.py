@@ -67,7 +67,8 @@ ESCAPE_ACTS = """
     move_memory bpf perf_event_open kernel_file kernel_data module key io_uring capability clock
     syslog quota lockdown tun
 """.split()
-ACTS = (*FILE_ACTS, "exec", *ESCAPE_ACTS)
+NET_ACTS = ("socket", "unix")
+ACTS = (*FILE_ACTS, "exec", *ESCAPE_ACTS, *NET_ACTS)
 """Words for enum mis_act, in its order."""
 EXEC = len(FILE_ACTS)
 
@@ -83,6 +84,7 @@ DETAILS: Mapping[str, str] = {
     "syslog": "action",
     "quota": "command",
     "kernel_data": "kind",
+    "socket": "family",
 }
 
 # linux/capability.h.
@@ -128,6 +130,8 @@ def event(sample: bytes, texts: Sequence[str]) -> Event:
         subject["act"] = act
     elif what == EXEC:
         kind, guard = "exec.denied", Guarantee.EXEC
+    elif act in NET_ACTS:
+        kind, guard = f"net.{act}", Guarantee.NET
     else:
         kind, guard = f"escape.{act}", Guarantee.ESCAPE
     del agent, uid
