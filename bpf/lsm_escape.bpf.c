@@ -3,10 +3,10 @@
  * The kernel plane, escape: what changes or leaves the container, or reaches the kernel.
  *
  *   sb_mount, sb_remount, sb_umount, sb_pivotroot, move_mount, path_chroot    refused
- *   userns_create, bpf, bpf_map, bpf_prog, perf_event_open                    refused
+ *   userns_create, bpf, bpf_map, bpf_prog, perf_event_open, _read, _write     refused
  *   kernel_read_file, kernel_load_data, kernel_module_request                 refused
  *   key_alloc, key_permission, uring_sqpoll, uring_override_creds, uring_cmd  refused
- *   settime, syslog, quotactl, quota_on, locked_down, tun_dev_create          refused
+ *   settime, syslog, quotactl, quota_on, locked_down, tun_dev_create, _open   refused
  *   capable                                  a capability the agent is not given: refused
  *   ptrace_access_check, ptrace_traceme, task_kill, task_setnice, task_setscheduler,
  *   task_setioprio, task_setpgid, task_setrlimit, task_movememory
@@ -50,6 +50,8 @@ REFUSED_TELLING(bpf, MIS_ACT_BPF)
 REFUSED(bpf_map, MIS_ACT_BPF)
 REFUSED(bpf_prog, MIS_ACT_BPF)
 REFUSED(perf_event_open, MIS_ACT_PERF)
+REFUSED(perf_event_read, MIS_ACT_PERF)
+REFUSED(perf_event_write, MIS_ACT_PERF)
 REFUSED(kernel_read_file, MIS_ACT_KERNEL_FILE)
 REFUSED_TELLING(kernel_load_data, MIS_ACT_KERNEL_DATA)
 REFUSED(kernel_module_request, MIS_ACT_MODULE)
@@ -64,6 +66,8 @@ REFUSED_TELLING(quotactl, MIS_ACT_QUOTA)
 REFUSED(quota_on, MIS_ACT_QUOTA)
 REFUSED_TELLING(locked_down, MIS_ACT_LOCKDOWN)
 REFUSED(tun_dev_create, MIS_ACT_TUN)
+REFUSED(tun_dev_open, MIS_ACT_TUN)
+REFUSED(tun_dev_attach_queue, MIS_ACT_TUN)
 
 /*
  * Called only for what the caller's credentials do have: the capability module comes before us.

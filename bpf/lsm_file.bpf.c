@@ -251,12 +251,16 @@ SEC("lsm/path_mknod")
 int BPF_PROG(mis_path_mknod, const struct path *dir, struct dentry *dentry, __u16 mode,
 	     unsigned int device)
 {
-	struct act act = { .what = MIS_ACT_DEVICE_NODE, .detail = device };
+	struct act act = { .what = MIS_ACT_MKNOD, .right = MIS_CREATE, .detail = device };
 
+	if (!mine(&act))
+		return 0;
 	/* Character device 0:0 is how overlayfs says "removed"; it opens to nothing. */
-	if ((mode & S_IFMT) == S_IFBLK || ((mode & S_IFMT) == S_IFCHR && device))
-		return mine(&act) ? conclude(&act, 0) : 0;
-	return on_path(MIS_ACT_MKNOD, dir, MIS_CREATE);
+	if ((mode & S_IFMT) == S_IFBLK || ((mode & S_IFMT) == S_IFCHR && device)) {
+		act.what = MIS_ACT_DEVICE_NODE;
+		return conclude(&act, 0);
+	}
+	return judge(&act, BPF_CORE_READ(dir, dentry), BPF_CORE_READ(dir, mnt));
 }
 
 static __always_inline int is_anchor(struct act *act, struct dentry *dentry)

@@ -20,6 +20,7 @@ from mis_run.linux import libbpf, libc
 
 RINGBUF = 27  # enum bpf_map_type
 _KIND_FUNC = 12  # BTF_KIND_FUNC
+_PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD = 13, 15  # enum bpf_cmd
 _LSM, _LSM_MAC = 29, 27  # BPF_PROG_TYPE_LSM, BPF_LSM_MAC
 
 
@@ -172,6 +173,22 @@ class PinnedMap(libbpf.Map):
                 raise
             found.append(key.raw)
             before = key.raw
+
+
+def verified(link: Path) -> int:
+    """How many instructions the verifier walked for the program of a pinned link."""
+    with ExitStack() as stack:
+
+        def info(fd: int, size: int) -> bytes:
+            stack.callback(os.close, fd)
+            buffer = ctypes.create_string_buffer(size)
+            libc.bpf(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, size, ctypes.addressof(buffer)))
+            return buffer.raw
+
+        # struct bpf_link_info: type, id, prog_id. struct bpf_prog_info: verified_insns at 216.
+        program = struct.unpack_from("=I", info(_functions().get(bytes(link)), 12), 8)[0]
+        fd = libc.bpf(_PROG_GET_FD_BY_ID, struct.pack("=III", program, 0, 0))
+        return int(struct.unpack_from("=I", info(fd, 232), 216)[0])
 
 
 def make_ring(size: int) -> int:
