@@ -48,20 +48,25 @@ struct {
 	__type(value, struct mis_scope);
 } scopes SEC(".maps");
 
-/* The nearest registered ancestor: the cgroup's path from the root, so that depth below is free. */
+/* One step of bpf_loop along the cgroup's path from the root: the last agent met is the nearest. */
+static long meet(__u32 level, __u64 *nearest)
+{
+	__u64 id = bpf_get_current_ancestor_cgroup_id(level);
+
+	if (!id)
+		return 1;
+	if (bpf_map_lookup_elem(&agents, &id))
+		*nearest = id;
+	return 0;
+}
+
+/* From the root and not from below, so that an agent may nest cgroups as deep as it likes. */
 static __always_inline __u64 nearest_agent(void)
 {
-	__u64 found = 0;
+	__u64 nearest = 0;
 
-	for (int level = 0; level <= DEEPEST; level++) {
-		__u64 id = bpf_get_current_ancestor_cgroup_id(level);
-
-		if (!id)
-			break;
-		if (bpf_map_lookup_elem(&agents, &id))
-			found = id;
-	}
-	return found;
+	bpf_loop(DEEPEST + 1, meet, &nearest, 0);
+	return nearest;
 }
 
 static __noinline __u64 current_agent(void)

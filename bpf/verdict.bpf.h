@@ -117,18 +117,22 @@ __noinline int mine(struct act *act)
 	return 1;
 }
 
-static __noinline void tell(struct act *act, struct state *state, __u8 verdict)
+/* Whether there was room for the event. */
+__noinline int tell(struct act *act, __u32 verdict)
 {
-	__u64 id = act->id;
-	void *ring = bpf_map_lookup_elem(&rings, &id);
-	struct mis_lsm_event *event = NULL;
+	struct mis_lsm_event *event;
+	__u64 id;
+	void *ring;
 
-	if (ring)
-		event = bpf_ringbuf_reserve(ring, sizeof(*event), 0);
-	if (!event) {
-		__sync_fetch_and_add(&state->lost, 1);
-		return;
-	}
+	if (!act)
+		return 0;
+	id = act->id;
+	ring = bpf_map_lookup_elem(&rings, &id);
+	if (!ring)
+		return 0;
+	event = bpf_ringbuf_reserve(ring, sizeof(*event), 0);
+	if (!event)
+		return 0;
 	event->time = bpf_ktime_get_boot_ns();
 	event->agent = act->id;
 	event->inode = act->inode;
@@ -146,6 +150,7 @@ static __noinline void tell(struct act *act, struct state *state, __u8 verdict)
 	if (act->dentry)
 		write_path(event, act->dentry, act->mount);
 	bpf_ringbuf_submit(event, 0);
+	return 1;
 }
 
 /* Count a violation; the level that follows is the act's own. */
@@ -203,7 +208,8 @@ __noinline int refused(struct act *act, int allowed)
 	} else {
 		__sync_fetch_and_add(&state->audited, 1);
 	}
-	tell(act, state, dead ? MIS_KILL : enforce ? MIS_DENY : MIS_AUDIT);
+	if (!tell(act, dead ? MIS_KILL : enforce ? MIS_DENY : MIS_AUDIT))
+		__sync_fetch_and_add(&state->lost, 1);
 	return enforce != 0;
 }
 
