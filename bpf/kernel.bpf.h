@@ -31,6 +31,7 @@ struct dentry {
 	struct dentry *d_parent;
 	struct qstr d_name;
 	struct inode *d_inode;
+	struct super_block *d_sb;
 };
 
 struct vfsmount {
@@ -122,6 +123,7 @@ struct task_struct {
 #define S_IFBLK 0060000
 #define FMODE_READ 0x1
 #define FMODE_WRITE 0x2
+#define FMODE_PATH 0x4000
 #define FMODE_EXEC 0x20 /* in f_flags: opened to be executed */
 #define PROT_WRITE 0x2
 #define PROT_EXEC 0x4

@@ -27,20 +27,21 @@ int BPF_PROG(mis_bprm_check_security, struct linux_binprm *bprm)
 	struct act act = { .what = MIS_ACT_EXEC, .right = MIS_EXEC };
 	struct mis_place place = {};
 	struct file *file;
+	struct dentry *dentry;
 	__u8 once = 1;
 	int allowed;
 
 	if (!mine(&act))
 		return 0;
 	file = BPF_CORE_READ(bprm, file);
-	allowed = may(&act, BPF_CORE_READ(file, f_path.dentry),
-		      mount_of(BPF_CORE_READ(file, f_path.mnt)));
+	dentry = BPF_CORE_READ(file, f_path.dentry);
+	allowed = may(&act, dentry, mount_of(BPF_CORE_READ(file, f_path.mnt)));
 	/* In audit the file was told of when it was opened. */
 	if (!allowed && !(act.flags & MIS_ENFORCE))
 		return 0;
 	place.agent = act.id;
-	place.inode = act.inode;
-	place.device = act.device;
+	place.inode = BPF_CORE_READ(dentry, d_inode, i_ino);
+	place.device = BPF_CORE_READ(dentry, d_sb, s_dev);
 	if (allowed && in_force(&act, binaries) && !bpf_map_lookup_elem(&ran, &place)) {
 		act.rule = MIS_RULE_RAISED;
 		allowed = 0;

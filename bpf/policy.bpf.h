@@ -29,6 +29,8 @@ struct walk {
 	__u64 agent;
 	struct dentry *dentry;
 	struct mount *mount; /* NULL: not known, so the walk ends at the file system's root */
+	struct dentry *top; /* the mount's root */
+	__u32 device; /* of the file system it is in */
 	__u32 undecided;
 	__u32 granted;
 	__u32 asked;
@@ -52,6 +54,16 @@ static __always_inline void decide(struct walk *walk, const struct mis_rule *rul
 		walk->number = rule->number;
 }
 
+/* What the steps within one mount need of it, read once. */
+static __always_inline void enter(struct walk *walk, struct mount *mount)
+{
+	struct dentry *dentry = walk->dentry;
+
+	walk->mount = mount;
+	walk->top = mount ? BPF_CORE_READ(mount, mnt.mnt_root) : NULL;
+	walk->device = BPF_CORE_READ(dentry, d_sb, s_dev);
+}
+
 /* One step of bpf_loop: look at one dentry, go to the next; 1 ends the walk. */
 static long climb(__u32 index, struct walk *walk)
 {
@@ -64,7 +76,7 @@ static long climb(__u32 index, struct walk *walk)
 		struct mis_place place = {
 			.agent = walk->agent,
 			.inode = BPF_CORE_READ(inode, i_ino),
-			.device = BPF_CORE_READ(inode, i_sb, s_dev),
+			.device = walk->device,
 		};
 		struct mis_rule *rule = bpf_map_lookup_elem(&rules, &place);
 
@@ -73,13 +85,13 @@ static long climb(__u32 index, struct walk *walk)
 		if (!walk->undecided)
 			return 1;
 	}
-	if (mount && dentry == BPF_CORE_READ(mount, mnt.mnt_root)) {
+	if (mount && dentry == walk->top) {
 		struct mount *above = BPF_CORE_READ(mount, mnt_parent);
 
 		if (above == mount)
 			return 1;
 		walk->dentry = BPF_CORE_READ(mount, mnt_mountpoint);
-		walk->mount = above;
+		enter(walk, above);
 		return 0;
 	}
 	parent = BPF_CORE_READ(dentry, d_parent);
@@ -95,7 +107,7 @@ static __always_inline void look(struct walk *walk, const struct act *act, struc
 {
 	walk->agent = act->id;
 	walk->dentry = dentry;
-	walk->mount = mount;
+	enter(walk, mount);
 	walk->undecided = asked;
 	walk->granted = 0;
 	walk->asked = asked;
@@ -133,12 +145,8 @@ static __always_inline int raised(const struct act *act, const struct walk *walk
 /* Say which file an act is about. */
 static __always_inline void about(struct act *act, struct dentry *dentry, struct mount *mount)
 {
-	struct inode *inode = BPF_CORE_READ(dentry, d_inode);
-
 	act->dentry = dentry;
 	act->mount = mount;
-	act->inode = BPF_CORE_READ(inode, i_ino);
-	act->device = BPF_CORE_READ(inode, i_sb, s_dev);
 }
 
 /* Whether the rules and the level give the act's right on its file. */
@@ -181,6 +189,15 @@ static __always_inline int may(struct act *act, struct dentry *dentry, struct mo
 static __always_inline int judge(struct act *act, struct dentry *dentry, const struct vfsmount *mnt)
 {
 	return conclude(act, may(act, dentry, mount_of(mnt)));
+}
+
+static __always_inline int on_path(__u16 what, const struct path *path, __u32 right)
+{
+	struct act act = { .what = what, .right = right };
+
+	if (!mine(&act))
+		return 0;
+	return judge(&act, BPF_CORE_READ(path, dentry), BPF_CORE_READ(path, mnt));
 }
 
 #endif

@@ -42,8 +42,7 @@ struct act {
 	struct dentry *dentry; /* what it is about; NULL: no file */
 	struct mount *mount; /* NULL: not known */
 	struct dentry *into; /* directory that `dentry` gets a place in */
-	__u64 inode;
-	__u64 capabilities; /* this and the next eight: of struct mis_agent */
+	__u64 capabilities; /* this and the next seven: of struct mis_agent */
 	__u32 flags;
 	__u32 depth;
 	__u8 writes;
@@ -54,11 +53,10 @@ struct act {
 	__u8 level; /* DEFCON */
 	__u8 late; /* past the deadline */
 	__u8 quiet; /* refused, but nothing to count or tell */
-	__u32 device;
 	__u32 right;
 	__u32 rule;
 	__u32 detail;
-	__u64 what;
+	__u32 what;
 };
 
 static __always_inline __u32 decayed(const struct state *state, const struct mis_agent *agent,
@@ -121,12 +119,14 @@ __noinline int mine(struct act *act)
 __noinline int tell(struct act *act, __u32 verdict)
 {
 	struct mis_lsm_event *event;
+	struct dentry *dentry;
 	__u64 id;
 	void *ring;
 
 	if (!act)
 		return 0;
 	id = act->id;
+	dentry = act->dentry;
 	ring = bpf_map_lookup_elem(&rings, &id);
 	if (!ring)
 		return 0;
@@ -135,8 +135,8 @@ __noinline int tell(struct act *act, __u32 verdict)
 		return 0;
 	event->time = bpf_ktime_get_boot_ns();
 	event->agent = act->id;
-	event->inode = act->inode;
-	event->device = act->device;
+	event->inode = dentry ? BPF_CORE_READ(dentry, d_inode, i_ino) : 0;
+	event->device = dentry ? BPF_CORE_READ(dentry, d_sb, s_dev) : 0;
 	event->pid = bpf_get_current_pid_tgid() >> 32;
 	event->uid = bpf_get_current_uid_gid();
 	event->rule = act->rule;
@@ -147,8 +147,8 @@ __noinline int tell(struct act *act, __u32 verdict)
 	event->level = act->level;
 	bpf_get_current_comm(event->comm, sizeof(event->comm));
 	event->path_at = MIS_PATH;
-	if (act->dentry)
-		write_path(event, act->dentry, act->mount);
+	if (dentry)
+		write_path(event, dentry, act->mount);
 	bpf_ringbuf_submit(event, 0);
 	return 1;
 }
@@ -158,11 +158,10 @@ static __always_inline void count(struct act *act, struct state *state,
 				  const struct mis_agent *agent)
 {
 	__u64 now = bpf_ktime_get_ns();
-	__u32 worst = agent->thresholds[3], halved = decayed(state, agent, now);
 
 	bpf_spin_lock(&state->lock);
-	if (state->count < worst && halved < state->count)
-		state->count = halved;
+	if (state->count < agent->thresholds[3])
+		state->count = decayed(state, agent, now);
 	state->count++;
 	state->last = now;
 	bpf_spin_unlock(&state->lock);

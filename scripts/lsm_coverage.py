@@ -15,6 +15,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "lsm-coverage.md"
 MARK = "MIS-LSM-FACTS "
-AREAS = {"file": "files", "exec": "programs", "escape": "escape", "net": "sockets"}
+AREAS = {"file": "files", "tree": "files", "exec": "programs", "escape": "escape", "net": "sockets"}
 
 # Functions of the BPF LSM itself that are named as if they were hooks.
 NOT_HOOKS = frozenset(
@@ -90,6 +91,12 @@ EXPLAINED: Mapping[str, str] = {
     r"|inode_(need_)?killpriv|inode_xattr_skipcap|sb_delete|initramfs_populated|task_free": "not "
     "relevant: labels, integrity and life cycle, for LSMs that keep such",
 }
+
+
+TITLE = """# LSM hooks: what the kernel plane guards
+
+Written by scripts/lsm_coverage.py from the BTF of the test VM's kernels; tests/vm checks it.
+"""
 
 
 def guarded() -> dict[str, str]:
@@ -161,21 +168,19 @@ def document(found: Mapping[str, Mapping[str, Any]]) -> str:
         f"(most: {max(found[line]['verified'].values()):,})"
         for line in lines
     )
-    return f"""# LSM hooks: what the kernel plane guards
-
-Written by scripts/lsm_coverage.py from the BTF of the test VM's kernels; tests/vm checks it.
-
-{len(every)} hooks: {classes["guarded"]} guarded, {classes["covered"]} covered by another mechanism,
-{classes["not"]} not relevant. None is unexplained.
-
-"Verified" is how many instructions the verifier walked to accept the program, its measure of
-complexity: {total}. The limit for one program is 1,000,000. The test allows a quarter more than
-what is written here.
-
-| hook | {heads} |
-|{"---|" * (2 * len(lines) + 2)}
-{chr(10).join(rows)}
-"""
+    words_ = textwrap.fill(
+        f"{len(every)} hooks: {classes['guarded']} guarded, {classes['covered']} covered by "
+        f"another mechanism, {classes['not']} not relevant. None is unexplained.",
+        100,
+    )
+    verifier = textwrap.fill(
+        '"Verified" is how many instructions the verifier walked to accept the program, its '
+        f"measure of complexity: {total}. The limit for one program is 1,000,000. A test "
+        "allows a quarter more than what is written here.",
+        100,
+    )
+    table = [f"| hook | {heads} |", f"|{'---|' * (2 * len(lines) + 2)}", *rows]
+    return "\n".join([TITLE, words_, "", verifier, "", *table, ""])
 
 
 def _insns(verified_: Mapping[str, int], hook: str) -> str:

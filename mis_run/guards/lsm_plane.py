@@ -25,7 +25,7 @@ from mis_run.model import Finding
 
 BPFFS = Path("/sys/fs/bpf")
 TOP = BPFFS / "mis-run"
-OBJECTS = ("lsm_file.bpf.o", "lsm_exec.bpf.o", "lsm_escape.bpf.o", "lsm_net.bpf.o")
+OBJECTS = tuple(f"lsm_{area}.bpf.o" for area in ("file", "tree", "exec", "escape", "net"))
 ACTIVE = Path("/sys/kernel/security/lsm")
 
 

@@ -34,7 +34,8 @@ class Tree:
     """Folders below ``top``; `lines` are their rules.
 
     open: everything, the workspace. ro: read, execute. noexec: all but execute. hidden, in open:
-    denied. sealed.txt, in open: denied by a rule of its own. none: no rule at all.
+    denied. sealed.txt, in open: denied by a rule of its own; fixed.txt: not to be written. none: no
+    rule at all.
     """
 
     def __init__(self, top: Path) -> None:
@@ -43,7 +44,7 @@ class Tree:
             top / name for name in ("open", "ro", "noexec", "none")
         )
         self.hidden = self.open / "deep" / "hidden"
-        self.sealed = self.open / "sealed.txt"
+        self.sealed, self.fixed = self.open / "sealed.txt", self.open / "fixed.txt"
 
     def make(self) -> None:
         """Make the folders and a file and a program in each."""
@@ -55,6 +56,7 @@ class Tree:
             script.write_text("#!/bin/true\n")
             script.chmod(0o755)
         self.sealed.write_text("secret")
+        self.fixed.write_text("settings")
 
     def lines(self) -> list[lsm_policy.Line]:
         """The policy."""
@@ -68,6 +70,7 @@ class Tree:
             line(str(self.noexec), every & ~EXEC, EXEC, "noexec"),
             line(str(self.hidden), NO, every, "hidden"),
             line(str(self.sealed), NO, every, "sealed"),
+            line(str(self.fixed), NO, WRITE, "fixed"),
         ]
 
     def policy(self, **settings: object) -> lsm.LsmPolicy:

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import os
 import signal
-import socket
 import stat
 import struct
 import subprocess
@@ -84,15 +83,6 @@ def typed(_: object) -> None:
     fcntl.ioctl(slave, termios.TIOCSTI, b"x")
 
 
-def packet(_: object) -> None:
-    socket.socket(socket.AF_PACKET, socket.SOCK_RAW).close()
-
-
-def tun(_: object) -> None:
-    fd = os.open("/dev/net/tun", os.O_RDWR)
-    fcntl.ioctl(fd, 0x400454CA, struct.pack("=16sH22x", b"mis%d", 0x1001))  # TUNSETIFF
-
-
 def own_status(_: object) -> None:
     """What ps(1) reads of one's own."""
     Path("/proc/self/maps").read_bytes()
@@ -148,7 +138,6 @@ ROWS: dict[str, tuple[Act, str, int | None]] = {
         "",
         None,
     ),
-    "raw packets": (packet, "", 0),
     "a device node": (
         lambda t: os.mknod(t.open / "device", stat.S_IFCHR | 0o600, os.makedev(1, 3)),
         "mknod",

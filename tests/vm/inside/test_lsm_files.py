@@ -118,10 +118,10 @@ def temporary(folder: Path) -> None:
     os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600))
 
 
-def received(path: Path) -> Act:
+def received(path: Path, flags: int = os.O_RDONLY) -> Act:
     """A descriptor that somebody outside opened, sent over a socket before the agent reads it."""
     ours, theirs = socket.socketpair()
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, flags)
     socket.send_fds(ours, [b"x"], [fd])
     os.close(fd)
 
@@ -453,6 +453,17 @@ ROWS: dict[str, Row] = {
         EXDEV,
         prepare=lambda t: again(t.open / "old"),
     ),
+    "read what must not be written": Row(lambda t: opened(t.fixed), OK),
+    "write what must not be written": Row(
+        lambda t: opened(t.fixed, os.O_WRONLY), EPERM, "open", rule="fixed"
+    ),
+    "replace what must not be written": Row(
+        lambda t: os.rename(t.open / "old", t.fixed),
+        EPERM,
+        "rename",
+        lambda t: again(t.open / "old"),
+        rule="a rule hangs on it or below",
+    ),
     "a memfd is data": Row(written_memfd, OK),
     "a memfd is no program": Row(memfd, EPERM),
     "a pipe by its number": Row(written_pipe, OK),
@@ -490,18 +501,33 @@ def test_ways_around(
     judged([ROWS[name]], tree, guarded, neighbour)
 
 
-@pytest.mark.parametrize(("place", "arrives"), [("open", True), ("hidden", False), ("none", False)])
+@pytest.mark.parametrize(
+    ("place", "flags", "arrives"),
+    [
+        ("open", os.O_RDWR, True),
+        ("ro", os.O_RDONLY, True),
+        ("ro", os.O_RDWR, False),
+        ("ro", os.O_PATH, True),
+        ("hidden", os.O_RDONLY, False),
+        ("none", os.O_RDONLY, False),
+    ],
+)
 def test_a_descriptor_from_outside(
-    place: str, arrives: bool, tree: Any, guarded: tuple[Path, lsm.LsmGuard], neighbour: Path
+    place: str,
+    flags: int,
+    arrives: bool,
+    tree: Any,
+    guarded: tuple[Path, lsm.LsmGuard],
+    neighbour: Path,
 ) -> None:
     """A file that somebody else opened is judged when its descriptor arrives."""
     group, guard = guarded
     guard.read()
     path = getattr(tree, place) / "file"
-    act = received(path)
+    act = received(path, flags)
     assert lsm.in_cgroup(group, lambda: act(tree)) == (OK if arrives else EPERM)
     assert [event.subject["act"] for event in guard.read()] == ([] if arrives else ["receive"])
-    control = received(path)
+    control = received(path, flags)
     assert lsm.in_cgroup(neighbour, lambda: control(tree)) == OK
 
 
