@@ -140,9 +140,10 @@ def needs_root(what: str) -> None:
 def diagnose() -> dict[str, Any]:
     """``mis doctor``: `probe`, the slow checks, and what follows for each guarantee."""
     from mis_run import plan, profiles
+    from mis_run.guards import lsm_plane
 
     found = probe()
-    mechanisms = {**found.mechanisms, **network.diagnose()}
+    mechanisms = {**found.mechanisms, **network.diagnose(), **lsm_plane.supported()}
     given = {}
     for guarantee, names in plan.GIVEN_BY.items():
         missing = [name for name in names if not found.works(name)]
