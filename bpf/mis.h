@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: (MIT OR GPL-2.0-only) */
 /*
- * The words both sides of the kernel boundary share. mis_run/guards/net_layout.py mirrors them;
+ * The words both sides of the kernel boundary share. mis_run/guards/net_layout.py mirrors the
+ * structs of the network guard, mis_run/guards/lsm_abi.py those of the kernel plane;
  * tests/kernel/test_abi.py compares them with the BTF of abi.bpf.o.
  */
 #ifndef MIS_H
@@ -33,6 +34,7 @@ enum mis_verdict {
 	MIS_ALLOW,
 	MIS_DENY,
 	MIS_AUDIT,
+	MIS_KILL, /* denied, and the process ended */
 };
 
 /* An address in the trie; IPv4 as ::ffff:a.b.c.d, so that both spellings meet one entry. */
@@ -86,6 +88,164 @@ struct mis_net_event {
 	__u16 family; /* AF_*; for MIS_SOCKET the family asked for */
 	__u32 type; /* SOCK_*, for MIS_SOCKET only */
 	__u32 protocol; /* IPPROTO_*; for MIS_SOCKET the protocol asked for */
+};
+
+/*
+ * The kernel plane: lsm_*.bpf.c and mis_run/guards/lsm*.py.
+ */
+
+/* Rights of a rule. */
+#define MIS_READ 1
+#define MIS_WRITE 2
+#define MIS_EXEC 4
+#define MIS_CREATE 8 /* in a directory */
+#define MIS_DELETE 16
+#define MIS_ALL 31
+
+/* mis_rule.flags */
+#define MIS_WORKSPACE 1 /* writes here are no risk at a raised level */
+#define MIS_EXPLICIT 2 /* named in the profile itself, not by a set or a pattern */
+#define MIS_ANCHOR 4 /* a rule lies below: neither moved nor removed */
+
+/* mis_agent.flags */
+#define MIS_ENFORCE 1
+#define MIS_LOSS_OPEN 2 /* past the deadline: audit instead of deny and kill */
+#define MIS_NO_WX 4 /* no memory writable and executable, at any level */
+
+/* Rule numbers with a meaning of their own, from the top. */
+#define MIS_RULE_DEFAULT 0 /* no rule named the object */
+#define MIS_RULE_RAISED 0xffffffff /* the level denied */
+#define MIS_RULE_LOSS 0xfffffffe /* the deadline passed */
+#define MIS_RULE_ANCHOR 0xfffffffd /* a rule lies below */
+
+/* What was tried; `what` of an event. lsm_abi.ACTS has the words. */
+enum mis_act {
+	MIS_ACT_OPEN,
+	MIS_ACT_RECEIVE,
+	MIS_ACT_MMAP,
+	MIS_ACT_WX_MEMORY,
+	MIS_ACT_IOCTL,
+	MIS_ACT_UNLINK,
+	MIS_ACT_RMDIR,
+	MIS_ACT_MKDIR,
+	MIS_ACT_MKNOD,
+	MIS_ACT_SYMLINK,
+	MIS_ACT_LINK,
+	MIS_ACT_RENAME,
+	MIS_ACT_TRUNCATE,
+	MIS_ACT_CHMOD,
+	MIS_ACT_CHOWN,
+	MIS_ACT_SETATTR,
+	MIS_ACT_SETXATTR,
+	MIS_ACT_ACL,
+	MIS_ACT_NOTIFY,
+	MIS_ACT_EXEC,
+	MIS_ACT_DEVICE_NODE,
+	MIS_ACT_TTY,
+	MIS_ACT_MOUNT,
+	MIS_ACT_UMOUNT,
+	MIS_ACT_REMOUNT,
+	MIS_ACT_MOVE_MOUNT,
+	MIS_ACT_PIVOT_ROOT,
+	MIS_ACT_CHROOT,
+	MIS_ACT_USERNS,
+	MIS_ACT_PTRACE,
+	MIS_ACT_KILL,
+	MIS_ACT_SCHEDULER,
+	MIS_ACT_MOVE_MEMORY,
+	MIS_ACT_BPF,
+	MIS_ACT_PERF,
+	MIS_ACT_KERNEL_FILE,
+	MIS_ACT_KERNEL_DATA,
+	MIS_ACT_MODULE,
+	MIS_ACT_KEY,
+	MIS_ACT_URING,
+	MIS_ACT_CAPABILITY,
+	MIS_ACT_CLOCK,
+	MIS_ACT_SYSLOG,
+	MIS_ACT_QUOTA,
+	MIS_ACT_LOCKDOWN,
+	MIS_ACT_TUN,
+	MIS_ACT_SOCKET,
+	MIS_ACT_UNIX,
+	MIS_ACTS,
+};
+
+/* An inode with an agent's rule. `device` is the kernel's own s_dev: major << 20 | minor. */
+struct mis_place {
+	__u64 agent;
+	__u64 inode;
+	__u32 device;
+	__u32 zero;
+};
+
+struct mis_rule {
+	__u16 allow;
+	__u16 deny; /* beats allow */
+	__u32 number; /* the line of the profile, for events */
+	__u32 flags;
+};
+
+/* What user space says of an agent; never written by the kernel. */
+struct mis_agent {
+	__u64 deadline; /* CLOCK_MONOTONIC nanoseconds; 0: none */
+	__u64 decay; /* nanoseconds after which the count of violations halves; 0: never */
+	__u64 capabilities; /* that may be used */
+	__u32 flags;
+	__u32 depth; /* of its cgroup below the root */
+	__u32 thresholds[4]; /* of levels 4, 3, 2, 1 */
+	/* The level at which an effect begins; 0: never. */
+	__u8 writes;
+	__u8 binaries;
+	__u8 wx_memory;
+	__u8 explicit_only;
+	__u8 kill;
+	__u8 level; /* set by an operator: the level is at most this */
+	__u16 zero;
+};
+
+/* What the kernel says of an agent. `lock` is a bpf_spin_lock. */
+struct mis_state {
+	__u32 lock;
+	__u32 count; /* of violations, decaying: what the level follows from */
+	__u64 last; /* when it last grew or halved */
+	__u64 denied;
+	__u64 audited;
+	__u64 killed;
+	__u64 lost; /* events: the ring buffer was full */
+};
+
+/* One for the machine. */
+struct mis_plane {
+	__u64 epoch; /* grows whenever an agent comes or goes: what tasks remember is void */
+	__u64 agents;
+};
+
+/* What a task remembers of its agent. */
+struct mis_scope {
+	__u64 epoch;
+	__u64 cgroup;
+	__u64 agent; /* 0: none */
+};
+
+#define MIS_PATH 256
+
+struct mis_lsm_event {
+	__u64 time; /* nanoseconds since boot */
+	__u64 agent;
+	__u64 inode;
+	__u32 device;
+	__u32 pid;
+	__u32 uid;
+	__u32 rule;
+	__u32 right; /* asked for */
+	__u32 detail; /* of an act: a capability, a signal, an ioctl, a lockdown reason */
+	__u32 path_at; /* where in `path` it begins; MIS_PATH: there is none */
+	__u16 what;
+	__u8 verdict;
+	__u8 level;
+	__u8 comm[16];
+	__u8 path[2 * MIS_PATH]; /* the first half, filled from its end; see event.bpf.h */
 };
 
 #endif

@@ -7,7 +7,6 @@ Sources live beside the package in a checkout; a wheel carries the results inste
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +33,7 @@ def built(name: str) -> Path:
 def main() -> int:
     """Build everything that is out of date; returns an exit code."""
     BUILT.mkdir(exist_ok=True)
-    machine = platform.machine()
+    machine = os.uname().machine
     include = f"-I/usr/include/{machine}-linux-gnu"  # Debian's asm/ headers for -target bpf
     bpf = ["clang", "-target", "bpf", "-O2", "-g", "-Wall", "-Wextra", "-Werror", include]
     bpf += [f"-D__TARGET_ARCH_{BPF_ARCH.get(machine, machine)}"]

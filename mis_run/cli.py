@@ -148,9 +148,11 @@ def parse(
     if any("\0" in word for word in command):
         raise UsageError("a NUL byte in the command")
     if tty is None:
-        tty = sys.stdin.isatty() and sys.stdout.isatty()
+        tty = sys.stdin.isatty() and sys.stdout.isatty() and _in_foreground()
     elif tty and not sys.stdin.isatty():
         raise UsageError("-t needs a terminal on stdin", hint="leave -t out in scripts and pipes")
+    elif tty and not _in_foreground():
+        raise UsageError("-t in a background job", hint="start it in the foreground, or without -t")
     return Options(
         command=command,
         profile=profile,
@@ -167,6 +169,12 @@ def parse(
         restart=_attempts(restart),
         **limits,
     )
+
+
+def _in_foreground() -> bool:
+    from mis_run import terminal  # late: most launches have no terminal
+
+    return terminal.in_foreground(0)
 
 
 def _attempts(text: str | None) -> int:

@@ -110,8 +110,15 @@ def _root() -> Finding:
     if os.geteuid() == 0:
         return Finding(True, "running as root")
     return Finding(
-        False, "mis-run needs root to make cgroups, mounts and BPF programs", "sudo mis-run …"
+        False,
+        "mis-run needs root to make cgroups, mounts and BPF programs",
+        f"sudo {_own_name()} …",
     )
+
+
+def _own_name() -> str:
+    """How a person calls us: in a checkout nothing is installed in PATH."""
+    return "./mis-run" if (ROOT / "mis-run").exists() else "mis-run"
 
 
 def _mounts() -> tuple[tuple[str, str], ...]:
@@ -133,9 +140,10 @@ def needs_root(what: str) -> None:
 def diagnose() -> dict[str, Any]:
     """``mis doctor``: `probe`, the slow checks, and what follows for each guarantee."""
     from mis_run import plan, profiles
+    from mis_run.guards import lsm_plane
 
     found = probe()
-    mechanisms = {**found.mechanisms, **network.diagnose()}
+    mechanisms = {**found.mechanisms, **network.diagnose(), **lsm_plane.supported()}
     given = {}
     for guarantee, names in plan.GIVEN_BY.items():
         missing = [name for name in names if not found.works(name)]

@@ -223,6 +223,8 @@ def _launch(
         steps.done("agent")
         loop.until(lambda: follower.ending is not None)
         dog.pause()  # the agent is gone: undoing takes as long as it takes
+        if link:
+            link.leave()
         steps.done("followed")
         assert follower.ending is not None
         return follower.ending, follower.measurements()

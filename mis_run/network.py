@@ -11,9 +11,9 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mis_run import namespace, nft, rules, shared
@@ -34,6 +34,9 @@ class Link:
     address4: str = ""
     address6: str | None = None
     connected: Later[int] | None = None  # being connected in the background
+    leave: Callable[[], None] = lambda: None
+    """Begin to disconnect, in the background: the kernel takes its time, and other things can be
+    undone meanwhile. For when the agent has ended."""
 
     def ifindex(self) -> int:
         """The index of our end, once the namespace is connected. Raises SetupError."""
@@ -125,10 +128,18 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
         netns = namespace.make()
         try:
             link = _connect(plan, run_id, index, netns)
+            leaving: list[Later[None]] = []
+
+            def leave() -> None:
+                if not leaving:
+                    local = bool(_services(plan))
+                    leaving.append(Later(lambda: _disconnect(link, run_id, local=local)))
+
             try:
-                yield link
+                yield replace(link, leave=leave)
             finally:
-                _disconnect(link, run_id, local=bool(_services(plan)))
+                leave()
+                leaving[0].result()
         finally:
             os.close(netns)
     finally:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import signal
 import sys
 import termios
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from mis_run.supervise import Loop
 
@@ -108,6 +110,26 @@ def _writable(fd: int, seconds: float) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
+def in_foreground(fd: int) -> bool:
+    """Whether we may change this terminal: a background job would be stopped by SIGTTOU."""
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:  # not our controlling terminal
+        return False
+
+
+def _restore(fd: int, before: list[Any]) -> None:
+    """Give the terminal back, also from the background (the signal is blocked) and when it is
+    gone."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+    try:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+    except termios.error:  # hung up meanwhile: nothing to restore
+        return
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 @contextmanager
 def relay(loop: Loop, master: int | None) -> Iterator[Callable[[], None]]:
     """Relay between our stdin/stdout and ``master`` (nothing when None).
@@ -141,7 +163,7 @@ def relay(loop: Loop, master: int | None) -> Iterator[Callable[[], None]]:
             from_person.ended = True
         if from_agent:
             from_agent.finish(LAST)
-        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
+        _restore(stdin, before)
         if opened:
             os.close(stdout)
 

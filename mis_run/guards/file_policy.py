@@ -7,7 +7,6 @@ copy).  Reads the file system; decides nothing (`judge` is pure but for hashing)
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from mis_run.file_rules import Effect, Rule, Rules, compile_rules, expand, float
 from mis_run.model import Plan
 from mis_run.rootfs import Root
 
-LOADERS = ("/lib/ld-*.so*", "/lib64/ld-*.so*", "/lib/*/ld-*.so*", "/usr/lib/*/ld-*.so*")
+LOADERS = ("/lib*/ld-*.so*", "/lib*/*/ld-*.so*", "/usr/lib*/ld-*.so*", "/usr/lib*/*/ld-*.so*")
 """The dynamic loader: the kernel opens it for every program, as if it were executed itself."""
 MOST_WALKED = 1_000_000  # files looked at for floating denials; a workspace of more is refused
 Identity = tuple[int, int]
@@ -60,6 +59,8 @@ class Policy:
 
 def digest(fd: int) -> str:
     """The SHA-256 of an open file, read from its beginning without moving its position."""
+    import hashlib  # late: 3 ms, and most runs never ask
+
     found, at = hashlib.sha256(), 0
     while block := os.pread(fd, 1 << 20, at):
         found.update(block)
@@ -90,7 +91,7 @@ def build(plan: Plan, root: Root) -> Policy:
     execs = [
         *maker.rules(programs.allow, Effect.ALLOW, are_programs=True),
         *maker.given(named, "--bind"),
-        *maker.given([*maker.on_disk(LOADERS), SHIM], "builtin"),
+        *maker.given([*LOADERS, SHIM], "builtin"),
         *kept_out,
     ]
     outlaws = {path: rule for rule in kept_out if "*" not in (path := rule.pattern)}
@@ -171,17 +172,16 @@ class _Maker:
 
         Elsewhere the throw-away layer has nothing of theirs: they are hidden there.
         """
-        anywhere = False
-        for rule in denied:
-            if floats(rule.pattern) or "*" in rule.pattern.removesuffix("/**"):
-                anywhere = True
-                continue
-            top = rule.pattern.removesuffix("/**")
-            if any(top.startswith(f"{target}/") for target in self._binds):
-                yield from _denied_below(str(self.on_host(top)), top, opens)
-        if anywhere:
+        denied = list(denied)
+        if any(floats(rule.pattern) or masks.normal(rule.pattern) is None for rule in denied):
             for target, source in self._binds.items():
                 yield from _denied_below(source, target, opens)
+            return
+        patterns = [rule.pattern for rule in denied]
+        for target, source in self._binds.items():
+            if os.path.isdir(source):  # noqa: PTH112 - asked at every launch
+                for path in masks.inside(source, target, patterns):
+                    yield from _denied_below(str(self.on_host(path)), path, opens)
 
     def _program(self, pattern: str, effect: Effect) -> list[str]:
         """Paths that a program's pattern means beside itself."""

@@ -31,8 +31,8 @@ def in_own_mounts(act: object) -> None:
 def test_mounted_files_survive(tmp_path: Path) -> None:
     """A bind of the same file system, one of another, and an overlay lie in the folder: it is
     removed, their files are not, nor does the overlay's upper layer get a single whiteout."""
-    precious, run, upper = (tmp_path / name for name in ("precious", "run", "upper"))
-    for folder in (precious, run, upper, tmp_path / "work"):
+    precious, run, layer = (tmp_path / name for name in ("precious", "run", "layer"))
+    for folder in (precious, run, layer):
         folder.mkdir()
     (precious / "file").write_text("keep")
 
@@ -45,14 +45,18 @@ def test_mounted_files_survive(tmp_path: Path) -> None:
         libc.mount("tmpfs", str(run / "tmpfs"), "tmpfs")
         (run / "tmpfs/inner").mkdir()
         libc.mount(str(precious), str(run / "tmpfs/inner"), "", libc.MS_BIND)
-        data = f"lowerdir={precious},upperdir={upper},workdir={tmp_path / 'work'}"
+        libc.mount("tmpfs", str(layer), "tmpfs")
+        for name in ("lower", "upper", "work"):
+            (layer / name).mkdir()
+        (layer / "lower/file").touch()
+        data = f"lowerdir={layer}/lower,upperdir={layer}/upper,workdir={layer}/work"
         libc.mount("overlay", str(run / "overlay"), "overlay", 0, data)
         assert trees.remove(run)
+        assert os.listdir(layer / "upper") == []
 
     in_own_mounts(act)
     assert not run.exists()
     assert (precious / "file").read_text() == "keep"
-    assert list(upper.iterdir()) == []
 
 
 def test_what_cannot_be_unmounted_is_left_alone(

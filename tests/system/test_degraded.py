@@ -38,7 +38,7 @@ READ_ONLY = "mount -o remount,bind,ro /sys/fs/cgroup/unified"
 CASES = {
     "not root": (
         f"setpriv --reuid 65534 --regid 65534 --clear-groups {RUN} -- true",
-        ("needs root", "sudo mis-run"),
+        ("needs root", "sudo ./mis-run"),
     ),
     "no runtime": (f"MIS_RUNTIME=/nonexistent {RUN} -- true", ("OCI runtime", "install runc")),
     "no nftables": (f"PATH=/usr/bin:/bin {RUN} -- true", ("nft", "--net none")),

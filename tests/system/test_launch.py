@@ -418,3 +418,29 @@ print(ended)
     assert done.out.strip() == str(wanted), (done.out, done.err)
     kinds = {event["kind"] for event in done.events}
     assert {"limits.oom", "limits.pids"} <= kinds
+
+
+def test_a_background_job_with_a_terminal_runs_on(workspace: Path) -> None:
+    """Started in the background of a terminal mis-run neither stops nor takes the terminal."""
+    import pty
+
+    script = (
+        f"set -m; cd {workspace}; {' '.join(MIS_RUN)} --net none -- sh -c 'echo in; sleep 0.2; "
+        "echo out > done' & wait %1; echo code $?"
+    )
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execvp("bash", ["bash", "-c", script])
+    seen = b""
+    while True:
+        try:
+            data = os.read(master, 4096)
+        except OSError:  # EIO: everybody has closed the other end
+            break
+        if not data:
+            break
+        seen += data
+    os.waitpid(pid, 0)
+    os.close(master)
+    assert b"code 0" in seen, seen
+    assert (workspace / "done").read_text() == "out\n"

@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: (MIT OR GPL-2.0-only) */
+/*
+ * From an act to the hook's return value: mode, deadline, level, count, event.  The only place that
+ * knows about them; a hook says what is done, and whether the policy allows it.
+ *
+ * An earlier refusal needs no thought: the trampoline calls no further program after one that
+ * returned an error.
+ */
+#ifndef MIS_VERDICT_BPF_H
+#define MIS_VERDICT_BPF_H
+
+#include "event.bpf.h"
+
+/* mis_state as the verifier must see it. */
+struct state {
+	struct bpf_spin_lock lock;
+	__u32 count;
+	__u64 last;
+	__u64 denied;
+	__u64 audited;
+	__u64 killed;
+	__u64 lost;
+};
+
+_Static_assert(sizeof(struct state) == sizeof(struct mis_state), "see mis.h");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u64);
+	__type(value, struct state);
+} states SEC(".maps");
+
+/*
+ * One act on its way to a verdict.  Functions that are not static are verified once for a program
+ * and not once for each call; they see this as bytes, so it holds a copy of what counts of the
+ * agent's settings, has no padding, and may be NULL as far as the verifier knows.
+ */
+struct act {
+	__u64 id;
+	struct dentry *dentry; /* what it is about; NULL: no file */
+	struct mount *mount; /* NULL: not known */
+	struct dentry *into; /* directory that `dentry` gets a place in */
+	__u64 capabilities; /* this and the next seven: of struct mis_agent */
+	__u32 flags;
+	__u32 depth;
+	__u8 writes;
+	__u8 binaries;
+	__u8 wx_memory;
+	__u8 explicit_only;
+	__u8 kill;
+	__u8 level; /* DEFCON */
+	__u8 late; /* past the deadline */
+	__u8 quiet; /* refused, but nothing to count or tell */
+	__u32 right;
+	__u32 rule;
+	__u32 detail;
+	__u32 what;
+};
+
+static __always_inline __u32 decayed(const struct state *state, const struct mis_agent *agent,
+				     __u64 now)
+{
+	__u64 halvings = agent->decay && now > state->last ? (now - state->last) / agent->decay : 0;
+
+	return halvings > 31 ? 0 : state->count >> halvings;
+}
+
+static __always_inline __u8 level_at(__u32 count, const struct mis_agent *agent)
+{
+	__u8 level = 5 - (count >= agent->thresholds[0]) - (count >= agent->thresholds[1]) -
+		     (count >= agent->thresholds[2]) - (count >= agent->thresholds[3]);
+
+	return level < agent->level ? level : agent->level;
+}
+
+/* Level 1 is an end: what is being killed does not recover. */
+static __always_inline __u8 level_of(const struct state *state, const struct mis_agent *agent,
+				     __u64 now)
+{
+	if (state->count >= agent->thresholds[3])
+		return 1;
+	return level_at(decayed(state, agent, now), agent);
+}
+
+/* Whether an effect that begins at level `begins` is in force. */
+#define in_force(act, begins) ((act)->level <= (act)->begins)
+
+/* Begin of every hook: whether the current task belongs to an agent, and how that agent stands. */
+__noinline int mine(struct act *act)
+{
+	struct mis_agent *agent;
+	struct state *state;
+	__u64 now, id = current_agent();
+
+	if (!act || !id)
+		return 0;
+	agent = bpf_map_lookup_elem(&agents, &id);
+	if (!agent)
+		return 0;
+	now = bpf_ktime_get_ns();
+	state = bpf_map_lookup_elem(&states, &id);
+	act->id = id;
+	act->capabilities = agent->capabilities;
+	act->flags = agent->flags;
+	act->depth = agent->depth;
+	act->writes = agent->writes;
+	act->binaries = agent->binaries;
+	act->wx_memory = agent->wx_memory;
+	act->explicit_only = agent->explicit_only;
+	act->kill = agent->kill;
+	act->level = state ? level_of(state, agent, now) : 5;
+	act->late = agent->deadline && now > agent->deadline;
+	return 1;
+}
+
+/* Whether there was room for the event. */
+__noinline int tell(struct act *act, __u32 verdict)
+{
+	struct mis_lsm_event *event;
+	struct dentry *dentry;
+	__u64 id;
+	void *ring;
+
+	if (!act)
+		return 0;
+	id = act->id;
+	dentry = act->dentry;
+	ring = bpf_map_lookup_elem(&rings, &id);
+	if (!ring)
+		return 0;
+	event = bpf_ringbuf_reserve(ring, sizeof(*event), 0);
+	if (!event)
+		return 0;
+	event->time = bpf_ktime_get_boot_ns();
+	event->agent = act->id;
+	event->inode = dentry ? BPF_CORE_READ(dentry, d_inode, i_ino) : 0;
+	event->device = dentry ? BPF_CORE_READ(dentry, d_sb, s_dev) : 0;
+	event->pid = bpf_get_current_pid_tgid() >> 32;
+	event->uid = bpf_get_current_uid_gid();
+	event->rule = act->rule;
+	event->right = act->right;
+	event->detail = act->detail;
+	event->what = act->what;
+	event->verdict = verdict;
+	event->level = act->level;
+	bpf_get_current_comm(event->comm, sizeof(event->comm));
+	event->path_at = MIS_PATH;
+	if (dentry)
+		write_path(event, dentry, act->mount);
+	bpf_ringbuf_submit(event, 0);
+	return 1;
+}
+
+/* Count a violation; the level that follows is the act's own. */
+static __always_inline void count(struct act *act, struct state *state,
+				  const struct mis_agent *agent)
+{
+	__u64 now = bpf_ktime_get_ns();
+
+	bpf_spin_lock(&state->lock);
+	if (state->count < agent->thresholds[3])
+		state->count = decayed(state, agent, now);
+	state->count++;
+	state->last = now;
+	bpf_spin_unlock(&state->lock);
+	act->level = level_of(state, agent, now);
+}
+
+/* Whether an act is refused, with all that follows when the policy does not allow it. */
+__noinline int refused(struct act *act, int allowed)
+{
+	struct mis_agent *agent;
+	struct state *state;
+	int enforce, dead = 0;
+	__u64 id;
+
+	if (!act)
+		return 1;
+	enforce = act->flags & MIS_ENFORCE;
+	if (act->late && act->flags & MIS_LOSS_OPEN) {
+		enforce = 0;
+	} else if (act->late) {
+		act->rule = MIS_RULE_LOSS;
+		enforce = dead = 1;
+	} else if (enforce && in_force(act, kill)) {
+		act->rule = MIS_RULE_RAISED;
+		dead = 1;
+	}
+	if (!dead && (allowed || act->quiet))
+		return !allowed && enforce;
+	id = act->id;
+	agent = bpf_map_lookup_elem(&agents, &id);
+	state = bpf_map_lookup_elem(&states, &id);
+	if (!agent || !state) /* being removed: its tasks are gone, or should be */
+		return 1;
+	if (!dead) {
+		count(act, state, agent);
+		dead = enforce && in_force(act, kill);
+	}
+	if (dead) {
+		__sync_fetch_and_add(&state->killed, 1);
+		bpf_send_signal(SIGKILL);
+	} else if (enforce) {
+		__sync_fetch_and_add(&state->denied, 1);
+	} else {
+		__sync_fetch_and_add(&state->audited, 1);
+	}
+	if (!tell(act, dead ? MIS_KILL : enforce ? MIS_DENY : MIS_AUDIT))
+		__sync_fetch_and_add(&state->lost, 1);
+	return enforce != 0;
+}
+
+/* A hook's return value.  Opaque to the compiler, which would compute what the verifier must see. */
+static __always_inline int error_of(int refused, int error)
+{
+	if (!refused)
+		return 0;
+	asm volatile("" : "+r"(error));
+	return error;
+}
+
+static __always_inline int conclude(struct act *act, int allowed)
+{
+	return error_of(refused(act, allowed), -EPERM);
+}
+
+#endif

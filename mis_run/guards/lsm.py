@@ -1,0 +1,241 @@
+"""One agent's guard in the kernel plane: its cgroup, told to the programs of `lsm_plane`.
+
+``supported`` → ``attach`` → ``verify`` → ``read``, ``beat`` → detach, which is the context's end.
+Adding an agent only writes maps.  If we are killed its entries stay, and with them the guard: when
+the deadline has passed every act of the agent is denied and kills it (`lsm_plane.sweep` tidies up).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mis_run import defcon
+from mis_run.errors import SetupError, VerifyError
+from mis_run.events import Event
+from mis_run.guards import lsm_abi, lsm_plane
+from mis_run.guards.lsm_abi import AGENT, PLACE, RULE, STATE, AgentFlag
+from mis_run.guards.lsm_plane import supported
+from mis_run.guards.lsm_policy import Compiled
+from mis_run.linux import bpf_pins, libbpf, libc
+from mis_run.model import Defcon
+
+__all__ = ["Counts", "LsmGuard", "LsmPolicy", "attach", "supported"]
+
+DEEPEST = 32  # scope.bpf.h
+RING = 256 * 1024
+BATCH = 128  # events per read: a storm must not keep the loop from its other work
+HARMLESS = ("chown", "dac_override", "fowner", "fsetid", "kill", "setgid", "setuid")
+"""What a root agent is given (bundle.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LsmPolicy:
+    """What one agent may do; ``rules`` from `lsm_policy.compile`."""
+
+    rules: Compiled
+    enforce: bool = True
+    on_loss: str = "closed"  # closed | open
+    deadline: float | None = None  # seconds without `beat`; None: no dead man
+    no_wx: bool = False
+    capabilities: Sequence[str] = HARMLESS
+    defcon: Defcon = field(default_factory=Defcon)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the kernel counted; ``count`` is the decaying sum that the level follows from."""
+
+    count: int
+    denied: int
+    audited: int
+    killed: int
+    events_lost: int
+
+
+class LsmGuard:
+    """An attached guard."""
+
+    def __init__(self, cgroup: Path, policy: LsmPolicy, plane: lsm_plane.Plane) -> None:
+        self.id = cgroup.stat().st_ino
+        self._cgroup = cgroup
+        self._policy = policy
+        self._plane = plane
+        self._key = struct.pack("=Q", self.id)
+        self._deadline = policy.deadline
+        self._level = defcon.NORMAL
+        self._quiet = False
+        self._depth = _depth(cgroup)
+        if self._depth > DEEPEST:
+            raise SetupError(f"{cgroup} is nested more than {DEEPEST} deep")
+        self._ring_fd = bpf_pins.make_ring(RING)
+        self._ring = libbpf.Ring(libbpf.Map(self._ring_fd))
+
+    # ---- the agent's settings -------------------------------------------------------------
+
+    def beat(self) -> None:
+        """We live: the agent may act until the deadline from now."""
+        policy = self._policy
+        effects = {**defcon.EFFECTS, **policy.defcon.effects}
+        if self._quiet or not policy.defcon.act:
+            effects = dict.fromkeys(effects, defcon.NEVER)
+        flags = AgentFlag(0)
+        if policy.enforce:
+            flags |= AgentFlag.ENFORCE
+        if policy.on_loss == "open":
+            flags |= AgentFlag.LOSS_OPEN
+        if policy.no_wx:
+            flags |= AgentFlag.NO_WX
+        late = time.monotonic_ns() + int(self._deadline * 1e9) if self._deadline else 0
+        self._plane.agents.update(
+            self._key,
+            AGENT.pack(
+                *(late, int(policy.defcon.decay * 1e9)),
+                *(lsm_abi.capability_mask(policy.capabilities), flags, self._depth),
+                *policy.defcon.thresholds,
+                *(effects[name] for name in ("writes", "binaries", "wx_memory", "explicit")),
+                *(effects["kill"], self._level, 0),
+            ),
+        )
+
+    def set_level(self, level: int) -> None:
+        """An operator's word: the level is at most this, whatever was counted."""
+        self._level = level
+        self.beat()
+
+    def counts(self) -> Counts:
+        """What the kernel counted so far."""
+        raw = self._plane.states.lookup(self._key, STATE.size) or bytes(STATE.size)
+        _, count, _, denied, audited, killed, lost = STATE.unpack(raw)
+        return Counts(count, denied, audited, killed, lost)
+
+    # ---- attaching ------------------------------------------------------------------------
+
+    def register(self) -> None:
+        """From here on the agent is judged. The rules are complete before it is known."""
+        for place, entry in self._policy.rules.entries.items():
+            self._plane.rules.update(
+                PLACE.pack(self.id, place.inode, place.device, 0),
+                RULE.pack(entry.allow, entry.deny, entry.number, entry.flags),
+            )
+        self._plane.rings.update(self._key, struct.pack("=I", self._ring_fd))
+        self._reset()
+        with lsm_plane.locked():
+            self.beat()
+            self._plane.announce()
+
+    def close(self) -> None:
+        """The agent is known no more, and nothing of it is left in the maps."""
+        with lsm_plane.locked():
+            self._plane.forget(self.id)
+        self._ring.close()
+        os.close(self._ring_fd)
+        self._plane.close()
+        self._policy.rules.release()
+
+    def _reset(self) -> None:
+        self._plane.states.update(self._key, bytes(STATE.size))
+
+    # ---- events ---------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """Readable when there are events."""
+        return self._ring.fileno()
+
+    def read(self) -> list[Event]:
+        """The oldest BATCH events; the others stay for the next turn."""
+        texts = self._policy.rules.texts
+        return [lsm_abi.event(sample, texts) for sample in self._ring.drain(BATCH)]
+
+    # ---- proof ----------------------------------------------------------------------------
+
+    def verify(self, probe: Callable[[str], int] | None = None) -> None:
+        """A read, an exec and a mount that no rule allows, by a child of ours in the agent's
+        cgroup: refused (unless audited) *and* counted. Raises VerifyError.
+
+        ``probe`` is not used: the shim in the container can do none of these.
+        """
+        del probe
+        self._quiet = True  # what we try must not end in the effects of a level
+        self.beat()
+        with tempfile.TemporaryFile() as canary, ExitStack() as stack:
+            os.fchmod(canary.fileno(), 0o755)
+            stack.callback(self._unquiet)
+            path = f"/proc/self/fd/{canary.fileno()}"
+            acts: dict[str, Callable[[], object]] = {
+                "file": lambda: os.close(os.open(path, os.O_RDONLY)),
+                "exec": lambda: os.execv(path, [path]),
+                # Without the guard ENODEV: there is no such file system.
+                "escape": lambda: libc.mount("none", "/", "mis-canary"),
+            }
+            for name, act in acts.items():
+                before = self.counts()
+                error = in_cgroup(self._cgroup, act)
+                after = self.counts()
+                if self._policy.enforce and error != errno.EPERM:
+                    met = os.strerror(error) if error else "it succeeded"
+                    raise VerifyError(f"kernel plane, {name}: a forbidden act went on: {met}")
+                if after.denied + after.audited == before.denied + before.audited:
+                    raise VerifyError(f"kernel plane, {name}: a forbidden act was not counted")
+
+    def _unquiet(self) -> None:
+        """What was tried so far was tried by us."""
+        self.read()
+        self._reset()
+        self._quiet = False
+        self.beat()
+
+
+def in_cgroup(cgroup: Path, act: Callable[[], object]) -> int:
+    """Errno of ``act`` in a child that joined ``cgroup``; 0 when it succeeded."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    joining = os.open(cgroup / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        with suppress(BaseException):
+            try:
+                os.write(joining, b"0")
+                act()
+                code = 0
+            except OSError as error:
+                code = error.errno or errno.EIO
+            os.write(writer, struct.pack("=i", code))
+        os._exit(0)
+    os.close(writer)
+    os.close(joining)
+    with os.fdopen(reader, "rb") as answer:
+        said = answer.read(4)
+    _, status = os.waitpid(pid, 0)
+    if len(said) == 4:
+        return int(struct.unpack("=i", said)[0])
+    # A kill is a refusal too; a program that ran closed the pipe without a word.
+    return errno.EPERM if os.WIFSIGNALED(status) else 0
+
+
+def _depth(cgroup: Path) -> int:
+    """How deep a cgroup v2 directory lies below the root of its hierarchy."""
+    depth, device = 0, cgroup.stat().st_dev
+    while (cgroup / "cgroup.type").exists():  # the root has none
+        depth, cgroup = depth + 1, cgroup.parent
+        if cgroup.stat().st_dev != device:
+            raise SetupError(f"{cgroup}: the root of cgroup v2 is not mounted here")
+    return depth
+
+
+@contextmanager
+def attach(cgroup: Path, policy: LsmPolicy) -> Iterator[LsmGuard]:
+    """Guard ``cgroup`` (a v2 directory) and everything below until the context ends."""
+    plane = lsm_plane.ensure()
+    guard = LsmGuard(cgroup, policy, plane)
+    try:
+        guard.register()
+        yield guard
+    finally:
+        guard.close()

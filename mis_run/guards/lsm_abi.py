@@ -1,0 +1,146 @@
+"""The kernel plane's words and structs, as bpf/mis.h has them (tests/kernel/test_lsm_abi.py).
+
+Events become `Event` here.  Out of scope: who may do what (`lsm_policy`), attaching (`lsm`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from enum import IntFlag
+from typing import Any
+
+from mis_run.events import Event, Guarantee, Verdict
+
+PLACE = struct.Struct("=QQII")
+RULE = struct.Struct("=HHII")
+AGENT = struct.Struct("=QQQII4I6BH")
+STATE = struct.Struct("=IIQQQQQ")
+PLANE = struct.Struct("=QQ")
+EVENT = struct.Struct("=QQQIIIIIIIHBB16s512s")
+PATH = 256
+
+
+class Right(IntFlag):
+    """What a rule allows or denies on a file and, for a directory, on all below."""
+
+    READ = 1
+    WRITE = 2
+    EXEC = 4
+    CREATE = 8
+    DELETE = 16
+    ALL = 31
+
+
+class RuleFlag(IntFlag):
+    """WORKSPACE: writing is no risk at a raised level. EXPLICIT: named in the profile itself, not
+    by a set or a pattern. ANCHOR: a denial hangs on it or below, so it is not moved or removed."""
+
+    WORKSPACE = 1
+    EXPLICIT = 2
+    ANCHOR = 4
+
+
+class AgentFlag(IntFlag):
+    """ENFORCE: deny, not only tell. LOSS_OPEN: past the deadline audit. NO_WX: no memory writable
+    and executable, at any level."""
+
+    ENFORCE = 1
+    LOSS_OPEN = 2
+    NO_WX = 4
+
+
+# Rule numbers with a meaning of their own.
+WORDS: Mapping[int, str] = {
+    0: "default",
+    0xFFFFFFFF: "defcon: the level denies it",
+    0xFFFFFFFE: "liveness: the deadline passed",
+    0xFFFFFFFD: "a rule hangs on it or below",
+}
+
+FILE_ACTS = """
+    open receive mmap wx_memory ioctl unlink rmdir mkdir mknod symlink link rename truncate chmod
+    chown setattr setxattr acl notify
+""".split()
+ESCAPE_ACTS = """
+    mknod tty mount umount remount move_mount pivot_root chroot userns ptrace kill scheduler
+    move_memory bpf perf_event_open kernel_file kernel_data module key io_uring capability clock
+    syslog quota lockdown tun
+""".split()
+NET_ACTS = ("socket", "unix")
+ACTS = (*FILE_ACTS, "exec", *ESCAPE_ACTS, *NET_ACTS)
+"""Words for enum mis_act, in its order."""
+EXEC = len(FILE_ACTS)
+
+# What `detail` of an act is; for the others it says nothing.
+DETAILS: Mapping[str, str] = {
+    "ioctl": "command",
+    "tty": "command",
+    "kill": "signal",
+    "ptrace": "mode",
+    "capability": "capability",
+    "bpf": "command",
+    "lockdown": "reason",
+    "syslog": "action",
+    "quota": "command",
+    "kernel_data": "kind",
+    "socket": "family",
+}
+
+# linux/capability.h.
+CAPABILITIES = """
+    chown dac_override dac_read_search fowner fsetid kill setgid setuid setpcap linux_immutable
+    net_bind_service net_broadcast net_admin net_raw ipc_lock ipc_owner sys_module sys_rawio
+    sys_chroot sys_ptrace sys_pacct sys_admin sys_boot sys_nice sys_resource sys_time
+    sys_tty_config mknod lease audit_write audit_control setfcap mac_override mac_admin syslog
+    wake_alarm block_suspend audit_read perfmon bpf checkpoint_restore
+""".split()
+
+
+def capability_mask(names: Sequence[str]) -> int:
+    """Bits of capabilities by their names without ``CAP_``."""
+    return sum(1 << CAPABILITIES.index(name.lower().removeprefix("cap_")) for name in names)
+
+
+def event(sample: bytes, texts: Sequence[str]) -> Event:
+    """One event of the ring buffer; ``texts`` are the profile lines by number, 1 the first."""
+    if len(sample) != EVENT.size:
+        return Event(kind="lsm.malformed", subject={"bytes": len(sample)})
+    (_, agent, inode, device, pid, uid, rule, right, detail, path_at, what, verdict, level) = (
+        fields := EVENT.unpack(sample)
+    )[:13]
+    if what >= len(ACTS) or verdict > 3:
+        return Event(kind="lsm.malformed", subject={"act": what, "verdict": verdict})
+    comm, path = fields[13:]
+    act = ACTS[what]
+    subject: dict[str, Any] = {}
+    if path_at < PATH:
+        subject["path"] = path[path_at:PATH].decode(errors="replace").strip()
+    if inode:
+        subject |= {"device": f"{device >> 20}:{device & 0xFFFFF}", "inode": inode}
+    if right:
+        subject["rights"] = " ".join(r.name.lower() for r in Right(right & 31) if r.name)
+    if act in DETAILS:
+        known = act == "capability" and detail < len(CAPABILITIES)
+        subject[DETAILS[act]] = CAPABILITIES[detail] if known else detail
+    if level < 5:
+        subject["level"] = level
+    if what < EXEC:
+        kind, guard = "file.denied", Guarantee.FILE
+        subject["act"] = act
+    elif what == EXEC:
+        kind, guard = "exec.denied", Guarantee.EXEC
+    elif act in NET_ACTS:
+        kind, guard = f"net.{act}", Guarantee.NET
+    else:
+        kind, guard = f"escape.{act}", Guarantee.ESCAPE
+    del agent, uid
+    return Event(
+        kind=kind,
+        verdict=(Verdict.ALLOW, Verdict.DENY, Verdict.AUDIT, Verdict.KILL)[verdict],
+        guard=guard,
+        pid=pid,
+        comm=comm.split(b"\0")[0].decode(errors="replace"),
+        subject=subject,
+        rule=texts[rule - 1] if 0 < rule <= len(texts) else WORDS.get(rule, "default"),
+    )

@@ -1,0 +1,215 @@
+"""The kernel plane of this machine: its programs, attached once and pinned, shared by all agents.
+
+Everything lies below ``/sys/fs/bpf/mis-run/VERSION/``, where VERSION is the hash of the objects:
+``links/`` keep the programs attached, ``maps/`` are how agents are told to them.  An upgrade loads
+its own version beside the old one; an agent stays with the version it began with, which goes with
+its last agent (`sweep`).  So there is no moment without programs, and no format to keep stable.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+
+from mis_run.build import built
+from mis_run.errors import SetupError
+from mis_run.guards.lsm_abi import PLACE, PLANE
+from mis_run.linux import bpf_pins
+from mis_run.model import Finding
+
+BPFFS = Path("/sys/fs/bpf")
+TOP = BPFFS / "mis-run"
+OBJECTS = tuple(f"lsm_{area}.bpf.o" for area in ("file", "tree", "exec", "escape", "net"))
+ACTIVE = Path("/sys/kernel/security/lsm")
+
+
+def supported() -> dict[str, Finding]:
+    """Whether BPF programs can be LSM hooks here: one is loaded, none attached.
+
+    Takes some 20 ms, to find the hook in the kernel's BTF.
+    """
+    boot = "boot with lsm=…,bpf: docs/decisions/kernel-plane.md"
+    with suppress(OSError):
+        if "bpf" not in ACTIVE.read_text().strip().split(","):
+            return {"bpf-lsm": Finding(False, "the BPF LSM is not active on this machine", boot)}
+    try:
+        bpf_pins.try_lsm()
+    except SetupError as error:
+        return {"bpf-lsm": Finding(False, error.message, error.hint)}
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        fix = boot if error.errno != errno.EPERM else "run as root, on a kernel that allows them"
+        return {"bpf-lsm": Finding(False, f"the kernel refuses LSM programs: {reason}", fix)}
+    return {"bpf-lsm": Finding(True, "an LSM program loads; launches do not use them yet")}
+
+
+def version() -> str:
+    """Names the objects we would load."""
+    digest = hashlib.sha256()
+    for name in OBJECTS:
+        digest.update(built(name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Plane:
+    """One loaded version: its maps, opened when first used."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _map(self, name: str) -> bpf_pins.PinnedMap:
+        return bpf_pins.PinnedMap(self.folder / "maps" / name)
+
+    @cached_property
+    def agents(self) -> bpf_pins.PinnedMap:
+        """Cgroup id → settings."""
+        return self._map("agents")
+
+    @cached_property
+    def states(self) -> bpf_pins.PinnedMap:
+        """Cgroup id → counts, written by the kernel."""
+        return self._map("states")
+
+    @cached_property
+    def rings(self) -> bpf_pins.PinnedMap:
+        """Cgroup id → ring buffer."""
+        return self._map("rings")
+
+    @cached_property
+    def rules(self) -> bpf_pins.PinnedMap:
+        """Place → rule."""
+        return self._map("rules")
+
+    @cached_property
+    def _state(self) -> bpf_pins.PinnedMap:
+        return self._map("plane")
+
+    def close(self) -> None:
+        """Release descriptors; what is pinned stays."""
+        for value in list(self.__dict__.values()):
+            if isinstance(value, bpf_pins.PinnedMap):
+                value.close()
+        self.__dict__ = {"folder": self.folder}
+
+    def hooks(self) -> list[str]:
+        """Names of the attached programs."""
+        return sorted(path.name for path in (self.folder / "links").iterdir())
+
+    def ids(self) -> list[int]:
+        """Registered agents."""
+        return [int.from_bytes(key, "little") for key in self.agents.keys(8)]
+
+    def announce(self) -> None:
+        """Make every task look again which agent it belongs to. To be called under `locked`."""
+        epoch = PLANE.unpack(self._state.lookup(bytes(4), PLANE.size) or bytes(PLANE.size))[0]
+        self._state.update(bytes(4), PLANE.pack(epoch + 1, len(self.ids())))
+
+    def forget(self, agent: int) -> None:
+        """Remove all that is known of an agent. To be called under `locked`."""
+        key = agent.to_bytes(8, "little")
+        self.agents.delete(key)
+        self.announce()
+        self.rings.delete(key)
+        self.states.delete(key)
+        for place in self.rules.keys(PLACE.size):
+            if PLACE.unpack(place)[0] == agent:
+                self.rules.delete(place)
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """One process at a time changes the plane, machine-wide."""
+    TOP.mkdir(mode=0o700, exist_ok=True)
+    fd = os.open(TOP, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def ensure() -> Plane:
+    """The plane of our version, loaded when this boot has not got it yet. Raises SetupError.
+
+    Where no bpffs is mounted it is mounted here, so call this in the host's mount namespace: the
+    pins end with the last mount of it.
+    """
+    try:
+        bpf_pins.mount(BPFFS)
+        folder = TOP / version()
+        with locked():
+            if not folder.exists():
+                _load(folder)
+    except OSError as error:
+        raise SetupError(f"kernel plane: {error}", hint="mis doctor") from error
+    return Plane(folder)
+
+
+def _load(folder: Path) -> None:
+    """Load into a folder beside, which then gets its name: never a version that lacks a hook."""
+    part = TOP / "part"
+    _remove(part)
+    for place in (part, part / "maps", part / "links"):
+        place.mkdir(mode=0o700)
+    try:
+        for name in OBJECTS:
+            bpf_pins.load_and_pin(built(name), part / "maps", part / "links")
+    except BaseException:
+        _remove(part)
+        raise
+    part.rename(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Unpin a version: links first, so that no program is left that knows no agent."""
+    for name in ("links", "maps"):
+        with suppress(FileNotFoundError):
+            for pin in (folder / name).iterdir():
+                pin.unlink()
+            (folder / name).rmdir()
+    with suppress(FileNotFoundError):
+        folder.rmdir()
+
+
+def sweep(cgroups: Path) -> list[int]:
+    """Forget agents whose cgroup below ``cgroups`` is gone, and versions that nobody needs.
+
+    Ours stays, so that the next launch is quick. Returns the agents that were forgotten.
+    """
+    if not TOP.exists():
+        return []
+    alive = {cgroups.stat().st_ino}
+    alive |= {entry.stat().st_ino for entry in cgroups.rglob("*") if entry.is_dir()}
+    gone: list[int] = []
+    with locked():
+        for folder in TOP.iterdir():
+            if folder.name == "part":
+                _remove(folder)
+                continue
+            plane = Plane(folder)
+            try:
+                dead = [agent for agent in plane.ids() if agent not in alive]
+                for agent in dead:
+                    plane.forget(agent)
+                gone += dead
+                unused = not plane.ids()
+            finally:
+                plane.close()
+            if unused and folder.name != version():
+                _remove(folder)
+    return gone
+
+
+def unload() -> None:
+    """Detach everything of all versions; agents that still run lose this plane's guards."""
+    if TOP.exists():
+        with locked():
+            for folder in list(TOP.iterdir()):
+                _remove(folder)
+        TOP.rmdir()

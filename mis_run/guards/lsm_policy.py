@@ -1,0 +1,175 @@
+"""Lines of a profile become rules on inodes of the container, for the kernel plane.
+
+A line names a path, as the agent sees it, and the rights it allows and denies there and below.  The
+kernel knows no paths: each becomes the inode it leads to now, symbolic links followed inside the
+container's root.  Out of scope: where lines come from, and how they get into the kernel (`lsm`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from ctypes import addressof, c_long, create_string_buffer
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from mis_run.errors import SetupError
+from mis_run.guards.lsm_abi import Right, RuleFlag
+from mis_run.linux import libc
+
+NOTHING, PLAIN = Right(0), RuleFlag(0)
+_OPENAT2 = 437
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
+
+
+class Line(NamedTuple):
+    """One line of the policy; ``text`` is what a denial shows as its rule."""
+
+    path: str
+    allow: Right
+    deny: Right
+    text: str
+    flags: RuleFlag = PLAIN
+
+
+class Place(NamedTuple):
+    """An inode as the kernel sees it. ``device`` is its file system's own (major << 20 | minor),
+    which stat(2) does not show for the files of an overlay or of btrfs."""
+
+    device: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The rule of one inode; ``number`` is the line to name, from 1."""
+
+    allow: Right = NOTHING
+    deny: Right = NOTHING
+    number: int = 0
+    flags: RuleFlag = PLAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Rules by inode. ``held`` are descriptors that keep those inodes: closed by `release`.
+
+    While one is open its inode number names nothing else, and an overlay keeps the number it gave.
+    ``missing`` are paths that lead nowhere, so nothing guards them: deny the directory instead.
+    """
+
+    entries: Mapping[Place, Entry]
+    texts: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    held: ExitStack = field(default_factory=ExitStack)
+
+    def release(self) -> None:
+        """Close what `held` holds."""
+        self.held.close()
+
+
+Device = Callable[[int], int]
+"""The kernel's device number of the file system a descriptor lies on."""
+
+
+def devices(pid: int) -> Device:
+    """`Device` for mounts that process ``pid`` sees. Raises SetupError for others."""
+    table = {}
+    for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
+        number, _, pair = line.split(" ")[:3]
+        major, _, minor = pair.partition(":")
+        table[int(number)] = int(major) << 20 | int(minor)
+
+    def device(fd: int) -> int:
+        for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+            if line.startswith("mnt_id:"):
+                mount = int(line.split()[1])
+                if mount in table:
+                    return table[mount]
+                raise SetupError(f"mount {mount} is not one of process {pid}")
+        raise SetupError("this kernel does not tell the mount of a descriptor")
+
+    return device
+
+
+def compile(
+    lines: Sequence[Line], root: int, device: Device, mounts: Iterable[str] = ()
+) -> Compiled:
+    """The rules of ``lines`` in the tree whose root is the descriptor ``root``.
+
+    ``mounts`` are the container's mount points: each gets the rule that holds there, because acts
+    whose hook knows no mount are judged within their file system.
+    """
+    entries: dict[Place, Entry] = {}
+    missing: list[str] = []
+    with ExitStack() as stack:
+
+        def place(path: str) -> Place | None:
+            fd = _open(root, path)
+            if fd is None:
+                return None
+            stack.callback(os.close, fd)
+            return Place(device(fd), os.fstat(fd).st_ino)
+
+        for number, line in enumerate(lines, 1):
+            found = place(line.path)
+            if found is None:
+                missing.append(line.path)
+                continue
+            anchor = RuleFlag.ANCHOR if line.deny else PLAIN
+            entries[found] = _merge(
+                entries.get(found, Entry()),
+                Entry(line.allow, line.deny, number, line.flags | anchor),
+            )
+            for parent in Path(line.path).parents if line.deny else ():
+                above = place(str(parent))
+                if above is not None:
+                    old = entries.get(above, Entry())
+                    entries[above] = replace(old, flags=old.flags | RuleFlag.ANCHOR)
+        for mount in mounts:
+            found = place(mount)
+            if found is not None:
+                way = [place(str(parent)) for parent in (Path(mount), *Path(mount).parents)]
+                here = effective(entries[one] for one in way if one in entries)
+                old = entries.get(found, here)
+                entries[found] = replace(here, flags=old.flags)
+        held = stack.pop_all()
+    return Compiled(entries, tuple(line.text for line in lines), tuple(missing), held)
+
+
+def effective(chain: Iterable[Entry]) -> Entry:
+    """What holds at the first of a chain of inodes, nearest first: each right by the nearest."""
+    allow, deny, number, flags = NOTHING, NOTHING, 0, PLAIN
+    for entry in chain:
+        open_ = Right.ALL & ~(allow | deny)
+        if open_ & (entry.allow | entry.deny):
+            number = number or entry.number
+            flags = flags or entry.flags & ~RuleFlag.ANCHOR
+        deny |= open_ & entry.deny
+        allow |= open_ & entry.allow & ~entry.deny
+    return Entry(allow, Right.ALL & ~allow, number, flags)
+
+
+def _merge(one: Entry, other: Entry) -> Entry:
+    """Two lines on one inode: both count; a denial is what gets named."""
+    number = other.number if other.deny and not one.deny else one.number or other.number
+    return Entry(one.allow | other.allow, one.deny | other.deny, number, one.flags | other.flags)
+
+
+def _open(root: int, path: str) -> int | None:
+    """``path`` below ``root``, O_PATH, never outside of it; None when it leads nowhere."""
+    name = create_string_buffer(os.fsencode(path))
+    how = create_string_buffer(
+        struct.pack("=QQQ", os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS),
+        24,
+    )
+    try:
+        return int(libc._syscall(_OPENAT2, root, addressof(name), addressof(how), c_long(24)))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES):
+            return None
+        raise SetupError(f"cannot look at {path} in the container: {error.strerror}") from error

@@ -1,0 +1,205 @@
+"""BPF objects that outlive us: programs attached to LSM hooks, links and maps pinned in a bpffs.
+
+Builds on `libbpf`, which has the loading of objects that live and die with one run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from ctypes import c_bool, c_char_p, c_int, c_uint32, c_void_p
+from functools import cache
+from pathlib import Path
+
+from mis_run.errors import SetupError
+from mis_run.linux import libbpf, libc
+
+RINGBUF = 27  # enum bpf_map_type
+_KIND_FUNC = 12  # BTF_KIND_FUNC
+_PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD = 13, 15  # enum bpf_cmd
+_LSM, _LSM_MAC = 29, 27  # BPF_PROG_TYPE_LSM, BPF_LSM_MAC
+
+
+class _Functions:
+    """What `libbpf` does not need of the library; prototypes once, its errcheck."""
+
+    def __init__(self) -> None:
+        lib = libbpf._bpf()
+        self.next_map = lib._function(
+            "bpf_object__next_map", c_void_p, (c_void_p, c_void_p), lambda _: False
+        )
+        self.next_program = lib._function(
+            "bpf_object__next_program", c_void_p, (c_void_p, c_void_p), lambda _: False
+        )
+        self.map_name = _text("bpf_map__name", lib)
+        self.program_name = _text("bpf_program__name", lib)
+        self.section = _text("bpf_program__section_name", lib)
+        self.pin_at = lib._number("bpf_map__set_pin_path", c_void_p, c_char_p)
+        self.set_autoload = lib._number("bpf_program__set_autoload", c_void_p, c_bool)
+        self.autoload = lib._function("bpf_program__autoload", c_bool, (c_void_p,), lambda _: False)
+        self.program_fd = lib._number("bpf_program__fd", c_void_p)
+        self.attach = lib._pointer("bpf_program__attach_lsm", c_void_p)
+        self.pin_link = lib._number("bpf_link__pin", c_void_p, c_char_p)
+        self.destroy_link = lib._number("bpf_link__destroy", c_void_p)
+        self.btf = lib._pointer("btf__load_vmlinux_btf")
+        self.btf_find = lib._number("btf__find_by_name_kind", c_void_p, c_char_p, c_uint32)
+        self.btf_free = lib._nothing("btf__free", c_void_p)
+        self.get = lib._number("bpf_obj_get", c_char_p)
+        self.create = lib._number(
+            "bpf_map_create", c_int, c_char_p, c_uint32, c_uint32, c_uint32, c_void_p
+        )
+        self.next_key = lib._number("bpf_map_get_next_key", c_int, c_char_p, c_char_p)
+
+
+def _text(name: str, lib: libbpf._Library) -> Callable[[int], bytes]:
+    return lib._function(name, c_char_p, (c_void_p,), lambda _: False)  # type: ignore[return-value]
+
+
+@cache
+def _functions() -> _Functions:
+    return _Functions()
+
+
+def hooks(names: list[str]) -> dict[str, int]:
+    """LSM hooks of the running kernel among ``names``, each with the BTF id of its function."""
+    bpf = _functions()
+    btf = bpf.btf()
+    found = {}
+    try:
+        for name in names:
+            try:
+                found[name] = bpf.btf_find(btf, f"bpf_lsm_{name}".encode(), _KIND_FUNC)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+    finally:
+        bpf.btf_free(btf)
+    return found
+
+
+def load_and_pin(path: Path, maps: Path, links: Path) -> dict[str, str]:
+    """Load an object, attach each program to its hook, pin all; returns program → hook.
+
+    Maps that are pinned in ``maps`` already are shared with the objects before.  Programs that are
+    optional (a section that begins with ``?``) are left out where the kernel lacks the hook.
+    Raises SetupError; what was pinned until then is the caller's to remove.
+    """
+    bpf, base = _functions(), libbpf._bpf()
+    libbpf._said.clear()
+    with ExitStack() as stack:
+        try:
+            handle = base.open(str(path).encode(), None)
+            stack.callback(base.close, handle)
+            for one in _each(bpf.next_map, handle):
+                bpf.pin_at(one, bytes(maps / bpf.map_name(one).decode()))
+            programs = {
+                one: (bpf.program_name(one).decode(), bpf.section(one).decode())
+                for one in _each(bpf.next_program, handle)
+            }
+            wanted = [section.partition("/")[2] for _, section in programs.values()]
+            known = hooks(wanted)
+            for one, (_, section) in programs.items():
+                if not bpf.autoload(one):
+                    bpf.set_autoload(one, section.partition("/")[2] in known)
+            base.load(handle)
+            done = {}
+            for one, (name, section) in programs.items():
+                hook = section.partition("/")[2]
+                if hook not in known:
+                    continue  # not loaded: an optional one, or `load` would have failed
+                link = bpf.attach(one)
+                stack.callback(bpf.destroy_link, link)
+                bpf.pin_link(link, bytes(links / name))
+                done[name] = hook
+        except OSError as error:
+            said = "".join(libbpf._said)[-1500:]
+            raise SetupError(
+                f"cannot attach {path.name}: {error.strerror}\n{said}".rstrip(), hint="mis doctor"
+            ) from error
+        return done
+
+
+def _each(following: Callable[..., int], handle: int) -> Iterator[int]:
+    one = following(handle, None)
+    while one:
+        yield one
+        one = following(handle, one)
+
+
+def try_lsm() -> None:
+    """Load ``return 0`` as an LSM program; nothing is attached. Raises OSError."""
+    hook = hooks(["file_open"]).get("file_open")
+    if hook is None:
+        raise OSError(errno.ENOTSUP, "this kernel has no LSM hooks for BPF (CONFIG_BPF_LSM)")
+    code = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)
+    buffer = ctypes.create_string_buffer(code)
+    licence = ctypes.create_string_buffer(b"GPL")
+    # union bpf_attr: type, count, insns, licence, log (4, 4, 8), version, flags, name, ifindex,
+    # expected_attach_type, BTF (4, 4, 8, 4, 4, 8, 4), attach_btf_id.
+    attributes = struct.pack(
+        "=IIQQIIQII16sIIIIQIIQII",
+        *(_LSM, 2, ctypes.addressof(buffer), ctypes.addressof(licence)),
+        *(0, 0, 0, 0, 0, b"mis_probe", 0, _LSM_MAC),
+        *(0, 0, 0, 0, 0, 0, 0, hook),
+    )
+    os.close(libc.bpf(5, attributes))
+
+
+class PinnedMap(libbpf.Map):
+    """A map by its pin, or made here; close it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(_functions().get(bytes(path)))
+
+    def close(self) -> None:
+        """Release the descriptor."""
+        os.close(self.fd)
+
+    def keys(self, size: int) -> list[bytes]:
+        """All keys; while others change the map some may be missing or twice."""
+        found: list[bytes] = []
+        key = ctypes.create_string_buffer(size)
+        before: bytes | None = None
+        while True:
+            try:
+                _functions().next_key(self.fd, before, key)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    return found
+                raise
+            found.append(key.raw)
+            before = key.raw
+
+
+def verified(link: Path) -> int:
+    """How many instructions the verifier walked for the program of a pinned link."""
+    with ExitStack() as stack:
+
+        def info(fd: int, size: int) -> bytes:
+            stack.callback(os.close, fd)
+            buffer = ctypes.create_string_buffer(size)
+            libc.bpf(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, size, ctypes.addressof(buffer)))
+            return buffer.raw
+
+        # struct bpf_link_info: type, id, prog_id. struct bpf_prog_info: verified_insns at 216.
+        program = struct.unpack_from("=I", info(_functions().get(bytes(link)), 12), 8)[0]
+        fd = libc.bpf(_PROG_GET_FD_BY_ID, struct.pack("=III", program, 0, 0))
+        return int(struct.unpack_from("=I", info(fd, 232), 216)[0])
+
+
+def make_ring(size: int) -> int:
+    """Descriptor of a new ring buffer of ``size`` bytes."""
+    return _functions().create(RINGBUF, b"mis_ring", 0, 0, size, None)
+
+
+def mount(point: Path) -> None:
+    """Mount a bpffs at ``point`` unless there is one."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split(" ")[4] == str(point) and after.split(" ")[0] == "bpf":
+            return
+    libc.mount("bpf", str(point), "bpf", libc.MS_NOSUID | libc.MS_NODEV)
