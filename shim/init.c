@@ -105,20 +105,38 @@ static int network_act(const char *act, char **args)
 	return result;
 }
 
-/* The errno that a child wrote before its end, 0 when its exec closed the pipe instead. */
-static int exec_error(int report[2])
+static void finish(int code);
+
+/*
+ * The errno that a child wrote into its pipe; ``silent`` when it closed it without a word.
+ *
+ * An open or exec waits for a verdict of the supervisor, and would wait for ever where we hold the
+ * last copy of the descriptor that answers: so it is never us who opens, and our wait ends with the
+ * lifeline.
+ */
+static int told_by_child(int report[2], int silent)
 {
-	int error = 0;
+	struct pollfd watched[2] = { { .fd = report[0], .events = POLLIN }, { .fd = lifeline } };
+	int error = silent;
 
 	close(report[1]);
+	do {
+		if (poll(watched, 2, -1) < 0)
+			continue;
+		if (watched[1].revents & (POLLHUP | POLLERR)) {
+			if (!open_on_loss)
+				finish(137);
+			watched[1].fd = -1;
+		}
+	} while (!watched[0].revents);
 	if (read(report[0], &error, sizeof(error)) <= 0)
-		error = 0;
+		error = silent;
 	close(report[0]);
 	return error;
 }
 
-/* exec PATH in a child, which is killed at once if that succeeds. */
-static int exec_act(char *path)
+/* open or exec PATH in a child, which is killed if it executed it. Returns 0 or an errno. */
+static int act_in_child(int executes, int flags, char *path)
 {
 	int report[2], error;
 	pid_t child;
@@ -129,16 +147,21 @@ static int exec_act(char *path)
 	if (child == 0) {
 		char *argv[] = { path, NULL }, *envp[] = { NULL };
 
-		execve(path, argv, envp);
-		error = errno;
+		if (executes)
+			execve(path, argv, envp);
+		error = executes || open(path, flags | O_CLOEXEC | O_NONBLOCK, 0600) < 0 ? errno : 0;
 		(void)!write(report[1], &error, sizeof(error));
 		_exit(0);
 	}
 	error = child < 0 ? errno : 0;
-	error = exec_error(report) ?: error;
+	/* A child that says nothing has executed, or was killed before it opened. */
+	error = error ?: told_by_child(report, executes ? 0 : ECANCELED);
 	if (child > 0) {
 		kill(child, SIGKILL);
 		waitpid(child, NULL, 0);
+	} else {
+		close(report[0]);
+		close(report[1]);
 	}
 	return error;
 }
@@ -150,18 +173,17 @@ static int probe(const char *act, char **args, int count)
 
 	if (!strcmp(act, "connect") || !strcmp(act, "send") || !strcmp(act, "bind"))
 		return count == 4 ? network_act(act, args) : EINVAL;
-	if ((!strcmp(act, "socket") && count == 3) || (!strcmp(act, "open") && count == 2)) {
-		if (act[0] == 's')
-			fd = socket(atoi(args[0]), atoi(args[1]) | SOCK_CLOEXEC, atoi(args[2]));
-		else
-			fd = open(args[1], strtol(args[0], NULL, 0) | O_CLOEXEC | O_NONBLOCK, 0600);
+	if (!strcmp(act, "socket") && count == 3) {
+		fd = socket(atoi(args[0]), atoi(args[1]) | SOCK_CLOEXEC, atoi(args[2]));
 		if (fd < 0)
 			return errno;
 		close(fd);
 		return 0;
 	}
+	if (!strcmp(act, "open") && count == 2)
+		return act_in_child(0, strtol(args[0], NULL, 0), args[1]);
 	if (!strcmp(act, "exec") && count == 1)
-		return exec_act(args[0]);
+		return act_in_child(1, 0, args[0]);
 	if (!strcmp(act, "syscall") && count >= 1 && count <= 7) {
 		for (int n = 1; n < count; n++)
 			values[n - 1] = strtol(args[n], NULL, 0);
@@ -218,8 +240,12 @@ static int go(const int *fds, int count)
 		(void)!write(report[1], &error, sizeof(error));
 		_exit(error == ENOENT || error == ENOTDIR ? 127 : 126);
 	}
-	error = agent < 0 ? errno : 0;
-	return exec_error(report) ?: error;
+	if (agent > 0)
+		return told_by_child(report, 0);
+	error = errno;
+	close(report[0]);
+	close(report[1]);
+	return error;
 }
 
 /* Split at single spaces; the path that ends an open or exec act keeps its own. */

@@ -36,6 +36,8 @@ from mis_run.model import Finding
 
 Probe = Callable[[str], int]
 DELETED = " (deleted)"
+NO_CHILD = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ECANCELED})
+"""What the init meets when the agent has used up its limits: it could not even try."""
 
 
 def supported() -> dict[str, Finding]:
@@ -67,7 +69,6 @@ class FileGuard:
         policy: Policy,
         canary: Identity,
         *,
-        init: int,
         enforce: bool,
         delay: Callable[[], float],
         effects: Callable[[], Effects],
@@ -75,16 +76,16 @@ class FileGuard:
         self.enforce = enforce
         self.group = group
         self.canaries = 0
-        """How often the canary was met by the container's init: the guard works."""
+        """How often what we tried ourselves was seen here: the guard works."""
         self._marks = marks
         self._late = slow
         self._judge = Judge(policy, canary)
         self._canary = canary
-        self.init = init  # whose opens of the canary are our own trials
         self._delay = delay
         self._effects = effects
         self._judge.effects = effects()
-        self._proving = False
+        self._verifying = False  # there is no agent yet: whatever is opened is opened for us
+        self._beating = False  # the canary, if it is opened now, is opened for us
         self._waiting: deque[Opened] = deque()
         self._more = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
@@ -130,12 +131,12 @@ class FileGuard:
         denied and counted. Raises VerifyError.  ``probe`` must turn the loop that calls `read`."""
         from mis_run.bundle import INFO
 
-        self._proving = True
+        self._verifying = True
         try:
             for act in (f"open 0 {INFO}/canary", f"exec {INFO}/canary", "open 0 /etc/hosts"):
                 self._try(probe, act)
         finally:
-            self._proving = False
+            self._verifying = False
 
     def beat(self, probe: Probe) -> None:
         """The canary opened by the container's init, seen here, as heartbeat; and every mount
@@ -143,11 +144,17 @@ class FileGuard:
         from mis_run.bundle import INFO
 
         self._marks.update()
-        self._try(probe, f"open 0 {INFO}/canary")
+        self._beating = True
+        try:
+            self._try(probe, f"open 0 {INFO}/canary", inconclusive=NO_CHILD)
+        finally:
+            self._beating = False
 
-    def _try(self, probe: Probe, act: str) -> None:
+    def _try(self, probe: Probe, act: str, inconclusive: frozenset[int] = frozenset()) -> None:
         before = self.canaries
         met = probe(act)
+        if met in inconclusive:
+            return
         if self.canaries == before:
             raise VerifyError(
                 f"file guard: '{act}' inside the container was not seen here "
@@ -177,7 +184,7 @@ class FileGuard:
     def _handle(self, opened: Opened) -> Event | None:
         facts = os.fstat(opened.fd)
         identity = (facts.st_dev, facts.st_ino)
-        if (self._proving or identity == self._canary) and self._is_canary(opened, identity):
+        if self._verifying or (self._beating and identity == self._canary):
             self.canaries += 1
             self._finish(opened, allow=not self.enforce)
             return None
@@ -194,12 +201,6 @@ class FileGuard:
         else:
             self._finish(opened, allow=False)
         return event
-
-    def _is_canary(self, opened: Opened, identity: Identity) -> bool:
-        """The init's own attempts; a child of its executes the canary before there is an agent."""
-        if self._proving and identity == self._canary:
-            return True
-        return opened.thread == self.init
 
     # ---- answering ------------------------------------------------------------------------
 
@@ -280,7 +281,6 @@ def attach(
                 slow,
                 policy,
                 canary,
-                init=pid,
                 enforce=enforce,
                 delay=delay,
                 effects=effects,

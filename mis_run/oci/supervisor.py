@@ -213,9 +213,7 @@ def _guarded(
         with container.canary(box, group) as guard.canary_pid:
             guard.verify(box.probe)
             if files is not None:
-                files.init = guard.canary_pid
                 files.beat(box.probe)
-                files.init = 0
         guard.canary_pid = 0
         counted.ready()
         watcher.listen(place.listener)
