@@ -245,6 +245,7 @@ def stop(engine: Engine) -> None:
 def running(folder: Path, runtimes: Mapping[str, Any], *options: str) -> Iterator[Engine]:
     """An engine with the test image; stopped, and every container removed, on the way out."""
     with ExitStack() as stack:
+        stack.callback(remove_cgroups)
         stack.enter_context(bridge())
         space = stack.enter_context(namespace())
         folder.mkdir(exist_ok=True)
@@ -253,6 +254,14 @@ def running(folder: Path, runtimes: Mapping[str, Any], *options: str) -> Iterato
         engine.docker("import", str(make_image(folder)), IMAGE)
         yield engine
         remove_all(engine)
+
+
+def remove_cgroups() -> None:
+    """Remove the empty parents that dockerd and ctr leave in every hierarchy."""
+    for top in Path("/sys/fs/cgroup").glob("*"):
+        for name in ("docker", "default"):
+            with suppress(OSError):  # not there, or another engine's
+                (top / name).rmdir()
 
 
 def remove_all(engine: Engine) -> None:
