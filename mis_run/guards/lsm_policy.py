@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from mis_run import cgroup_detect
 from mis_run.errors import SetupError
 from mis_run.guards.lsm_abi import Right, RuleFlag
 from mis_run.linux import libc
@@ -96,13 +97,18 @@ def devices(pid: int) -> Device:
     return device
 
 
-def compile(
-    lines: Sequence[Line], root: int, device: Device, mounts: Iterable[str] = ()
-) -> Compiled:
+def points(pid: int) -> list[str]:
+    """Where process ``pid`` has something mounted, by its own paths."""
+    lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+    return [cgroup_detect.unescape(line.split(" ")[4]) for line in lines]
+
+
+def compile(lines: Sequence[Line], root: int, device: Device, mounts: Iterable[str]) -> Compiled:
     """The rules of ``lines`` in the tree whose root is the descriptor ``root``.
 
-    ``mounts`` are the container's mount points: each gets the rule that holds there, because acts
-    whose hook knows no mount are judged within their file system.
+    ``mounts`` are all of the container's mount points (`points`): each gets the rule that holds
+    there.  Acts whose hook knows no mount are judged within their file system, and pass where that
+    has no rule at all: it is then one that the container does not show.
     """
     entries: dict[Place, Entry] = {}
     missing: list[str] = []
