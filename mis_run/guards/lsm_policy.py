@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from ctypes import addressof, c_long, create_string_buffer
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,13 +108,13 @@ def compile(lines: Sequence[Line], root: int, device: Device, mounts: Iterable[s
     """The rules of ``lines`` in the tree whose root is the descriptor ``root``.
 
     ``mounts`` are all of the container's mount points (`points`): each gets the rule that holds
-    there.  Acts whose hook knows no mount are judged within their file system, and pass where that
-    has no rule at all: it is then one that the container does not show.
+    there, because acts whose hook knows no mount are judged within their file system.
     """
     entries: dict[Place, Entry] = {}
     missing: list[str] = []
     with ExitStack() as stack:
 
+        @cache
         def place(path: str) -> Place | None:
             fd = _open(root, path)
             if fd is None:
