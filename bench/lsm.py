@@ -94,7 +94,9 @@ def policy(file: Path) -> lsm.LsmPolicy:
         lsm_policy.Line(path, Right.READ | Right.EXEC, Right(0), path)
         for path in ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/dev")
     ]
-    rules = lsm_policy.compile(lines, root, lsm_policy.devices(os.getpid()))
+    rules = lsm_policy.compile(
+        lines, root, lsm_policy.devices(os.getpid()), lsm_policy.points(os.getpid())
+    )
     os.close(root)
     return lsm.LsmPolicy(rules=rules, deadline=600.0)
 

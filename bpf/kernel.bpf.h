@@ -110,6 +110,7 @@ struct cred;
 
 struct task_struct {
 	const struct cred *real_cred;
+	const struct cred *cred;
 	struct css_set *cgroups;
 };
 

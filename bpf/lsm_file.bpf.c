@@ -24,12 +24,16 @@
 #define FS_IOC_FSSETXATTR 0x401c5820
 #define ATTR_TIMES_ONLY(valid) (!((valid) & 0xf)) /* no ATTR_MODE, UID, GID, SIZE */
 
-/* A dentry alone: judged within its file system. */
+/*
+ * A dentry alone: judged within its file system (lsm_policy.py gives the root of every mount a rule).
+ * overlayfs does the same to its layers again, under the credentials of who mounted it.
+ */
 static __always_inline int on_dentry(__u16 what, struct dentry *dentry, __u32 right)
 {
+	struct task_struct *task = bpf_get_current_task_btf();
 	struct act act = { .what = what, .right = right };
 
-	if (!mine(&act))
+	if (!mine(&act) || BPF_CORE_READ(task, cred) != BPF_CORE_READ(task, real_cred))
 		return 0;
 	return judge(&act, dentry, NULL);
 }

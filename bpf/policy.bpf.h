@@ -164,13 +164,6 @@ __noinline int permitted(struct act *act)
 	}
 	look(&walk, act, act->dentry, act->mount, act->right);
 	act->rule = walk.number;
-	/*
-	 * Without a mount the walk ends at the file system's root.  Nothing found there: a file
-	 * system that the container does not show, such as the layers of an overlay (lsm_policy.py
-	 * gives the root of every mount a rule).
-	 */
-	if (!act->mount && walk.undecided == act->right)
-		return 1;
 	if ((walk.granted & act->right) != act->right)
 		return 0;
 	if (!raised(act, &walk, act->right))

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from ctypes import addressof, c_long, create_string_buffer
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from mis_run import cgroup_detect
 from mis_run.errors import SetupError
 from mis_run.guards.lsm_abi import Right, RuleFlag
 from mis_run.linux import libc
@@ -96,18 +98,23 @@ def devices(pid: int) -> Device:
     return device
 
 
-def compile(
-    lines: Sequence[Line], root: int, device: Device, mounts: Iterable[str] = ()
-) -> Compiled:
+def points(pid: int) -> list[str]:
+    """Where process ``pid`` has something mounted, by its own paths."""
+    lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+    return [cgroup_detect.unescape(line.split(" ")[4]) for line in lines]
+
+
+def compile(lines: Sequence[Line], root: int, device: Device, mounts: Iterable[str]) -> Compiled:
     """The rules of ``lines`` in the tree whose root is the descriptor ``root``.
 
-    ``mounts`` are the container's mount points: each gets the rule that holds there, because acts
-    whose hook knows no mount are judged within their file system.
+    ``mounts`` are all of the container's mount points (`points`): each gets the rule that holds
+    there, because acts whose hook knows no mount are judged within their file system.
     """
     entries: dict[Place, Entry] = {}
     missing: list[str] = []
     with ExitStack() as stack:
 
+        @cache
         def place(path: str) -> Place | None:
             fd = _open(root, path)
             if fd is None:

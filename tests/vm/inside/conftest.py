@@ -78,8 +78,7 @@ class Tree:
         root = os.open("/", os.O_PATH | os.O_DIRECTORY)
         try:
             device = lsm_policy.devices(os.getpid())
-            mounts = [str(self.top)] if self.top.is_mount() else []
-            rules = lsm_policy.compile(self.lines(), root, device, mounts)
+            rules = lsm_policy.compile(self.lines(), root, device, lsm_policy.points(os.getpid()))
         finally:
             os.close(root)
         return lsm.LsmPolicy(rules=rules, **settings)  # type: ignore[arg-type]

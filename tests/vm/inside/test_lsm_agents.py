@@ -384,7 +384,7 @@ def test_detached_leaves_nothing(tree: Any, cgroups: Any) -> None:
         len(plane.rules.keys(PLACE.size)),
     ]
     before = keys()
-    for _ in range(30):
+    for _ in range(15):
         with lsm.attach(group, tree.policy()) as guard:
             assert plane.states.lookup(struct.pack("=Q", guard.id), STATE.size)
     assert keys() == before

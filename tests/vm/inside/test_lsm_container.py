@@ -82,8 +82,9 @@ LINES = [
 def agent(box: Box, cgroups: Callable[[], Path]) -> Iterator[tuple[Path, lsm.LsmGuard]]:
     """The container's policy, compiled from outside."""
     group, root = cgroups(), box.root()
-    mounts = ("/", "/workspace", "/proc", "/tmp")
-    rules = lsm_policy.compile(LINES, root, lsm_policy.devices(box.pid), mounts)
+    device, mounts = lsm_policy.devices(box.pid), lsm_policy.points(box.pid)
+    assert {"/", "/workspace", "/proc", "/tmp"} <= set(mounts)
+    rules = lsm_policy.compile(LINES, root, device, mounts)
     os.close(root)
     assert rules.missing == ()
     lsm_plane.ensure().close()
