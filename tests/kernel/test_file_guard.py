@@ -238,7 +238,8 @@ def test_denials_are_late(child: Child, delay: float) -> None:
             began = time.perf_counter()
             act(guard, child, "open secret")
             bare.append(time.perf_counter() - began)
-    assert statistics.median(times) - statistics.median(bare) >= 0.8 * delay
+    assert statistics.median(times) >= delay
+    assert statistics.median(times) > statistics.median(bare)
 
 
 def test_an_open_waits_while_a_copy_is_held(child: Child) -> None:

@@ -26,8 +26,8 @@ deny = ["...", "**/.env"]
 [defcon]
 act = false
 [liveness]
-deadline = "300ms"
-beat = "30ms"
+deadline = "1s"
+beat = "50ms"
 canary = "100ms"
 """
 READER = """

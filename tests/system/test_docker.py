@@ -385,7 +385,7 @@ def test_restart_policy(box: Engine) -> None:
     start(box, "--restart", "always")
     first = facts()["supervisor"]
     os.kill(state_of(box)["Pid"], signal.SIGKILL)
-    wait_for(lambda: len(runs()) == 1 and facts()["supervisor"] != first)
+    wait_for(lambda: [run["supervisor"] != first for run in runs()] == [True])
     wait_for(lambda: state_of(box)["Running"])
     assert met(box.docker("exec", "box", "act", "connect", GATEWAY, "9", check=False)) == EPERM
 

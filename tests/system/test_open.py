@@ -26,9 +26,9 @@ deny = ["...", "**/.env"]
 effects = { binaries = 0, explicit = 0, writes = 0, kill = 0 }
 [liveness]
 on_loss = "open"
-deadline = "300ms"
-beat = "30ms"
-canary = "100ms"
+deadline = "1s"
+beat = "50ms"
+canary = "200ms"
 """
 LOOP = """
 import os, socket, sys, time
