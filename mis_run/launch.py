@@ -121,6 +121,7 @@ def _launch(
         steps.done("network")
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
         steps.done("rootfs")
+        stack.callback(dog.farewell)  # called when the container is undone
         config = bundle.config(plan, interior.describe(plan, run_dir.path, root, link, group))
         box = on(
             runtime.create(

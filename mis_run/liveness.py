@@ -77,10 +77,15 @@ class Watchdog:
         """We go on."""
         self._send(b"resume")
 
-    def dismiss(self) -> None:
-        """The run is over: the watchdog may go, and is waited for."""
+    def farewell(self) -> None:
+        """The agent is gone: the watchdog may go too. What it held is the last copy, and the kernel
+        takes its time to release that, so the rest is undone meanwhile."""
         self._done = True
         self._send(b"bye")
+
+    def dismiss(self) -> None:
+        """The run is over: the watchdog has gone, or goes, and is waited for."""
+        self.farewell()
         self._loop.remove(self._pidfd)
         self._loop.remove(self._beats.fileno())
         self._beats.close()
