@@ -21,7 +21,7 @@ extends = "default"
 [files]
 deny = ["...", "**/.env"]
 [limits]
-pids = 400
+pids = 220
 """
 AGENT = """
 import os, signal, time
