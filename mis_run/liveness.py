@@ -48,7 +48,9 @@ class Watchdog:
             socket.send_fds(self._beats, [f"hold {name}".encode()], [fd])
 
     def start(self, lost: Callable[[], None], heard: Callable[[str], None]) -> None:
-        """Beat from now on. ``heard`` gets ``late`` and ``recovered``."""
+        """Beat from now on, the first time at once: a supervisor that stops before its loop turns
+        would never be missed. ``heard`` gets ``late`` and ``recovered``."""
+        self._send(b"beat")
         self._loop.every(self._settings.beat, lambda: self._send(b"beat"))
 
         def gone() -> None:

@@ -444,3 +444,20 @@ def test_a_background_job_with_a_terminal_runs_on(workspace: Path) -> None:
     os.close(master)
     assert b"code 0" in seen, seen
     assert (workspace / "done").read_text() == "out\n"
+
+
+def test_a_stopped_supervisor_does_not_hold_up_others(workspace: Path) -> None:
+    """`mis ps` answers at once, however often it asked a supervisor that does not listen."""
+    profile = workspace.parent / "patient.toml"
+    profile.write_text('extends = "default"\n[liveness]\ndeadline = "60s"\n')
+    options = ("--profile", str(profile), "--net", "none", "--name", "stopped")
+    agent = start("sh", "-c", "echo up; sleep 60", cwd=workspace, options=options)
+    try:
+        assert agent.stdout is not None and agent.stdout.readline() == "up\n"
+        wait_for(lambda: "running" in mis("ps").stdout)
+        agent.send_signal(signal.SIGSTOP)
+        for _ in range(25):
+            assert "stopped" in mis("ps").stdout
+    finally:
+        agent.kill()
+        agent.communicate(timeout=20)
