@@ -7,6 +7,7 @@ watchdog, which cleans up after a SIGKILL, lives in the same namespace.
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,11 +44,12 @@ def _mounts_below(top: str) -> list[str]:
 
 def _remove(path: str, device: int) -> bool:
     facts = os.lstat(path)
-    if facts.st_dev != device:
-        return False
-    if not os.path.isdir(path) or os.path.islink(path):  # noqa: PTH112, PTH114 - no Path per file
+    if not stat.S_ISDIR(facts.st_mode):
+        # An overlay shows files on other devices than their folder; what is mounted on is busy.
         os.unlink(path)  # noqa: PTH108
         return True
+    if facts.st_dev != device:
+        return False
     clean = True
     with os.scandir(path) as entries:
         for entry in entries:
