@@ -7,11 +7,11 @@ then tried.  Out of scope: the cgroup of a run (`cgroup`).
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from mis_run.errors import SetupError
+from mis_run.linux import mountinfo
 from mis_run.model import Finding
 
 PARENT = "mis"
@@ -21,8 +21,6 @@ LIMITS = ("memory", "cpu", "pids", "io")
 """What limits are made of, by their v2 names; v1 calls ``io`` ``blkio``."""
 
 V1_NAMES: Mapping[str, str] = {"io": "blkio"}
-
-ESCAPED = re.compile(r"\\([0-7]{3})")  # blank, tab, newline and backslash in a mountinfo path
 
 Detected = tuple[str, Path | None, dict[str, Path]]
 
@@ -53,21 +51,14 @@ def detect(proc: Path = Path("/proc/self")) -> Detected:
     return ("v1" if unified is None else "hybrid" if v1 else "v2"), unified, controllers
 
 
-def unescape(text: str) -> str:
-    """A path as mountinfo writes it, with its octal escapes resolved."""
-    return ESCAPED.sub(lambda octal: chr(int(octal[1], 8)), text)
-
-
 def _mounts(text: str) -> list[tuple[Path, str, str]]:
     """(mount point, cgroup|cgroup2, superblock options), the topmost mount of each point."""
     found: dict[Path, tuple[str, str]] = {}
-    for line in text.splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _, options = after.partition(" ")
-        point = Path(unescape(before.split(" ")[4]))
+    for mount in mountinfo.parse(text):
+        point = Path(mount.point)
         found.pop(point, None)  # a later mount on the same point hides the earlier one
-        if kind in ("cgroup", "cgroup2"):
-            found[point] = (kind, options.rpartition(" ")[2])
+        if mount.kind in ("cgroup", "cgroup2"):
+            found[point] = (mount.kind, mount.options)
     return [(point, *rest) for point, rest in found.items()]
 
 

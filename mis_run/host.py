@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mis_run import cgroup, cgroup_detect, network, rootfs, runtime
+from mis_run import cgroup, network, rootfs, runtime
 from mis_run.build import PACKAGE, ROOT
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.guards import counters, escape, file, net
 from mis_run.jsonable import plain
+from mis_run.linux import mountinfo
 from mis_run.model import Finding, Host, Options, User
 
 # What a starter of the checkout runs, sources or compiles as root.
@@ -90,7 +91,7 @@ def probe() -> Host:
         unified=unified,
         controllers=controllers,
         runtime=chosen.path,
-        mounts=_mounts(),
+        mounts=tuple((mount.point, mount.kind) for mount in mountinfo.read()),
         addresses=network.host_addresses(),
         cpus=len(os.sched_getaffinity(0)),
         systemd=Path("/run/systemd/system").is_dir(),
@@ -119,16 +120,6 @@ def _root() -> Finding:
 def _own_name() -> str:
     """How a person calls us: in a checkout nothing is installed in PATH."""
     return "./mis-run" if (ROOT / "mis-run").exists() else "mis-run"
-
-
-def _mounts() -> tuple[tuple[str, str], ...]:
-    """(mount point, file system type) of this mount namespace, in mount order."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        point = cgroup_detect.unescape(before.split(" ")[4])
-        found.append((point, after.split(" ")[0]))
-    return tuple(found)
 
 
 def needs_root(what: str) -> None:

@@ -7,17 +7,16 @@ after them: while forwarding is on for us only, the rule that keeps others out i
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from mis_run import nft
+from mis_run import locks, nft
 from mis_run.errors import SetupError
 from mis_run.rules import POOL4, POOL6
 from mis_run.state import STATE
@@ -28,20 +27,14 @@ CONF4, CONF6 = Path("/proc/sys/net/ipv4/conf"), Path("/proc/sys/net/ipv6/conf")
 SWITCH4, SWITCH6 = CONF4.parent / "ip_forward", CONF6 / "all" / "forwarding"
 
 
-@contextmanager
-def locked() -> Iterator[int]:
+def locked() -> AbstractContextManager[int]:
     """Hold the lock of everything here; its descriptor.
 
     Whoever changes the table has it too: a killed launcher's ``nft`` would otherwise go on after
     the lock was released, and after `gc`.
     """
     NET.mkdir(parents=True, exist_ok=True)
-    fd = os.open(NET / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield fd
-    finally:
-        os.close(fd)
+    return locks.exclusive(NET / "lock", os.O_CREAT | os.O_RDWR)
 
 
 # ---- addresses ----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +89,9 @@ def _claim() -> tuple[Path, int]:
             return path, lock
 
 
-@contextmanager
-def exclusive() -> Iterator[None]:
+def exclusive() -> AbstractContextManager[int]:
     """Hold the one lock of the state directory (short: claims and gc only)."""
-    fd = os.open(STATE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+    return locks.exclusive(STATE, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def run_dirs() -> list[Path]:

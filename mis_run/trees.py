@@ -11,8 +11,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from mis_run.cgroup_detect import unescape
-from mis_run.linux import libc
+from mis_run.linux import libc, mountinfo
 
 
 def remove(top: Path) -> bool:
@@ -35,11 +34,8 @@ def remove(top: Path) -> bool:
 
 def _mounts_below(top: str) -> list[str]:
     """Mount points at or below ``top``, last mounted first."""
-    points = [
-        unescape(line.split(" ")[4])
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
-    ]
-    return [point for point in reversed(points) if f"{point}/".startswith(f"{top}/")]
+    points = [mount.point for mount in reversed(mountinfo.read())]
+    return [point for point in points if f"{point}/".startswith(f"{top}/")]
 
 
 def _remove(path: str, device: int) -> bool:

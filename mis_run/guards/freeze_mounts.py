@@ -32,7 +32,7 @@ def read_only(pid: int, pidfd: int, kept: str) -> list[str]:
 
     The points that could not be changed: busy with writers, or gone.
     """
-    points = [m.point for m in marks.mounts(pid) if m.judged and not _within(m.point, kept)]
+    points = [m.point for m in marks.mounts(pid) if not _within(m.point, kept)]
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

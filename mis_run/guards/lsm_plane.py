@@ -9,14 +9,13 @@ its last agent (`sweep`).  So there is no moment without programs, and no format
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
 
+from mis_run import locks
 from mis_run.build import built
 from mis_run.errors import SetupError
 from mis_run.guards.lsm_abi import PLACE, PLANE
@@ -122,16 +121,10 @@ class Plane:
                 self.rules.delete(place)
 
 
-@contextmanager
-def locked() -> Iterator[None]:
+def locked() -> AbstractContextManager[int]:
     """One process at a time changes the plane, machine-wide."""
     TOP.mkdir(mode=0o700, exist_ok=True)
-    fd = os.open(TOP, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+    return locks.exclusive(TOP, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def ensure() -> Plane:

@@ -18,10 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from mis_run import cgroup_detect
 from mis_run.errors import SetupError
 from mis_run.guards.lsm_abi import Right, RuleFlag
-from mis_run.linux import libc
+from mis_run.linux import libc, mountinfo
 
 NOTHING, PLAIN = Right(0), RuleFlag(0)
 _OPENAT2 = 437
@@ -81,27 +80,24 @@ Device = Callable[[int], int]
 def devices(pid: int) -> Device:
     """`Device` for mounts that process ``pid`` sees. Raises SetupError for others."""
     table = {}
-    for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
-        number, _, pair = line.split(" ")[:3]
-        major, _, minor = pair.partition(":")
-        table[int(number)] = int(major) << 20 | int(minor)
+    for seen in mountinfo.read(pid):
+        major, _, minor = seen.device.partition(":")
+        table[seen.id] = int(major) << 20 | int(minor)
 
     def device(fd: int) -> int:
-        for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
-            if line.startswith("mnt_id:"):
-                mount = int(line.split()[1])
-                if mount in table:
-                    return table[mount]
-                raise SetupError(f"mount {mount} is not one of process {pid}")
-        raise SetupError("this kernel does not tell the mount of a descriptor")
+        mount = mountinfo.id_of(fd)
+        if mount < 0:
+            raise SetupError("this kernel does not tell the mount of a descriptor")
+        if mount not in table:
+            raise SetupError(f"mount {mount} is not one of process {pid}")
+        return table[mount]
 
     return device
 
 
 def points(pid: int) -> list[str]:
     """Where process ``pid`` has something mounted, by its own paths."""
-    lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
-    return [cgroup_detect.unescape(line.split(" ")[4]) for line in lines]
+    return [mount.point for mount in mountinfo.read(pid)]
 
 
 def compile(lines: Sequence[Line], root: int, device: Device, mounts: Iterable[str]) -> Compiled:

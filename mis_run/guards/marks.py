@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from mis_run.cgroup_detect import unescape
 from mis_run.errors import VerifyError
-from mis_run.linux import fanotify
+from mis_run.linux import fanotify, mountinfo
+from mis_run.linux.mountinfo import Mount
 
 PSEUDO = frozenset({"proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2"})
 """File systems of the kernel's own: no programs, no files of anybody's.  procfs refuses permission
@@ -24,46 +23,22 @@ DEVICES = "/dev"
 """A tmpfs of device nodes (noexec, writable by root only): opening one to judge it would act."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """One line of mountinfo."""
-
-    id: int
-    device: str  # MAJOR:MINOR of the superblock
-    root: str  # what of it is mounted
-    point: str
-    kind: str
-
-    @property
-    def judged(self) -> bool:
-        """Whether opens on it are asked about."""
-        return self.kind not in PSEUDO and self.point != DEVICES
+def judged(mount: Mount) -> bool:
+    """Whether opens on it are asked about."""
+    return mount.kind not in PSEUDO and mount.point != DEVICES
 
 
 def mounts(pid: int) -> list[Mount]:
-    """The mounts of a process's mount namespace, in mount order."""
-    with open(f"/proc/{pid}/mountinfo", "rb") as file:
-        return parse(os.fsdecode(file.read()))
-
-
-def parse(text: str) -> list[Mount]:
-    """What proc_pid_mountinfo(5) says: field 1 the id, 5 the point, after `` - `` the type."""
-    found = []
-    for line in text.splitlines():
-        before, _, after = line.partition(" - ")
-        fields = before.split(" ")
-        root, point = unescape(fields[3]), unescape(fields[4])
-        found.append(Mount(int(fields[0]), fields[2], root, point, after.split(" ")[0]))
-    return found
+    """The judged mounts of a process's mount namespace, in mount order."""
+    return [mount for mount in mountinfo.read(pid) if judged(mount)]
 
 
 def ambiguous(found: Iterable[Mount]) -> frozenset[str]:
-    """Devices of which an object is shown at two places: what the kernel remembers of it is per
-    object, so there it must not remember anything."""
+    """Devices of judged mounts of which an object is shown at two places: what the kernel remembers
+    of it is per object, so there it must not remember anything."""
     by_device: dict[str, list[Mount]] = {}
     for mount in found:
-        if mount.judged:
-            by_device.setdefault(mount.device, []).append(mount)
+        by_device.setdefault(mount.device, []).append(mount)
     return frozenset(
         device
         for device, mounts in by_device.items()
@@ -96,7 +71,7 @@ class Marks:
         """Mark every mount that has no mark yet; the new ones. Raises VerifyError."""
         before = fanotify.marked(self._group)
         now = mounts(self._pid)
-        new = [m for m in now if m.judged and m.id not in before]
+        new = [mount for mount in now if mount.id not in before]
         if not new:
             return []
         self._two_names = ambiguous(now)
@@ -113,7 +88,7 @@ class Marks:
     def _mark(self, root: int, mount: Mount) -> bool:
         """False for a mount that lies under another one, where nobody can open anything."""
         with _walk(root, mount.point) as fd:
-            if fd is None or _mount_id(fd) != mount.id:
+            if fd is None or mountinfo.id_of(fd) != mount.id:
                 return False
             try:
                 fanotify.mark_mount(self._group, fd)
@@ -154,12 +129,3 @@ def _walk(root: int, path: str) -> Iterator[int | None]:
         yield at
     finally:
         os.close(at)
-
-
-def _mount_id(fd: int) -> int:
-    """The id of the mount behind a descriptor, as in mountinfo (proc_pid_fdinfo(5))."""
-    with open(f"/proc/self/fdinfo/{fd}") as file:
-        for line in file:
-            if line.startswith("mnt_id:"):
-                return int(line.split()[1])
-    return -1

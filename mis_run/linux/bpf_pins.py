@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from mis_run.errors import SetupError
-from mis_run.linux import libbpf, libc
+from mis_run.linux import libbpf, libc, mountinfo
 
 RINGBUF = 27  # enum bpf_map_type
 _KIND_FUNC = 12  # BTF_KIND_FUNC
@@ -198,8 +198,6 @@ def make_ring(size: int) -> int:
 
 def mount(point: Path) -> None:
     """Mount a bpffs at ``point`` unless there is one."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        if before.split(" ")[4] == str(point) and after.split(" ")[0] == "bpf":
-            return
+    if any((m.point, m.kind) == (str(point), "bpf") for m in mountinfo.read()):
+        return
     libc.mount("bpf", str(point), "bpf", libc.MS_NOSUID | libc.MS_NODEV)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mis_run.file_rules import Effect, Rule, compile_rules, expand, resolved
 from mis_run.guards import marks
-from mis_run.linux import elf, fanotify
+from mis_run.linux import elf, fanotify, mountinfo
 
 
 def judge(path: str, *, allow: tuple[str, ...] = (), deny: tuple[str, ...] = ()) -> str:
@@ -129,8 +129,8 @@ MOUNTINFO = """\
 
 def test_mounts_are_read_as_the_kernel_writes_them() -> None:
     """Ids, points with spaces, and which of them are judged."""
-    found = marks.parse(MOUNTINFO)
-    assert [mount.point for mount in found if mount.judged] == [
+    found = mountinfo.parse(MOUNTINFO)
+    assert [mount.point for mount in found if marks.judged(mount)] == [
         *("/", "/home/kim/work", "/home/kim/work/.git/hooks", "/dev/shm", "/data x")
     ]
     assert found[-1].root == "/a b"
@@ -138,11 +138,11 @@ def test_mounts_are_read_as_the_kernel_writes_them() -> None:
 
 def test_an_object_at_two_places_is_noticed() -> None:
     """A mount of the same place is not ambiguous; the same folder elsewhere is."""
-    assert marks.ambiguous(marks.parse(MOUNTINFO)) == frozenset()
+    assert marks.ambiguous(mountinfo.parse(MOUNTINFO)) == frozenset()
     again = "37 30 8:1 /home/kim/work/sub /elsewhere rw - ext4 /dev/sda1 rw\n"
-    assert marks.ambiguous(marks.parse(MOUNTINFO + again)) == {"8:1"}
+    assert marks.ambiguous(mountinfo.parse(MOUNTINFO + again)) == {"8:1"}
     whole = "38 30 8:2 / /disk rw - ext4 /dev/sda2 rw\n"
-    assert marks.ambiguous(marks.parse(MOUNTINFO + whole)) == {"8:2"}
+    assert marks.ambiguous(mountinfo.parse(MOUNTINFO + whole)) == {"8:2"}
 
 
 def event(**changed: int) -> bytes:
