@@ -12,7 +12,7 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,6 @@ class Known:
     pid: int
     watchdog: int
     sources: tuple[str, str]
-    interface: bool
     record: Path | None
     place: str  # of the cgroup in its hierarchies
 
@@ -156,20 +155,21 @@ def _supervise(
     tracker = Tracker(settings.defcon)
     if (level := _last_level(known.record)) < tracker.level:
         tracker.set(level)
-    delay: Callable[[], float] = tracker.delay
+    stance = tracker.stance(enforce=settings.enforce)
     maps = {name.removeprefix(MAPS): fd for name, fd in held.items() if name.startswith(MAPS)}
-    guard = on(net.adopt(plan.network, maps, known.sources, enforce=settings.enforce))
+    guard = on(
+        net.adopt(
+            plan.network,
+            maps,
+            known.sources,
+            enforce=settings.enforce,
+            closed=tracker.effects.destinations,
+        )
+    )
     guard.canary_pid = known.pid
     guards: dict[str, Guard] = {"net": guard}
     if "seccomp" in held:
-        guards["escape"] = on(
-            escape.attach(
-                held["seccomp"],
-                enforce=settings.enforce,
-                delay=delay,
-                effects=lambda: tracker.effects,
-            )
-        )
+        guards["escape"] = on(escape.attach(held["seccomp"], stance))
     if known.policy is not None:
         guards["file"] = on(
             file.attach(
@@ -177,9 +177,7 @@ def _supervise(
                 known.policy,
                 known.canary,
                 group=os.dup(held["fanotify"]),
-                enforce=settings.enforce,
-                delay=delay,
-                effects=lambda: tracker.effects,
+                stance=stance,
             )
         )
     counted = on(counters.attach(group.unified, settings.counters))
@@ -198,8 +196,11 @@ def _supervise(
     for one in guards.values():
         one.beat(box.probe)
     netns = held.get("netns")
-    if known.interface:
-        on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon))
+    on(
+        names.serve_plan(
+            plan.network, netns, guard.update, follower.emit_soon, enforce=settings.enforce
+        )
+    )
     (path / "control.sock").unlink(missing_ok=True)
     on(control.serve(loop, path / "control.sock", requests.handler(follower)))
     on(supervise.signals(loop, follower.signal))

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from mis_run.defcon import CALM, Effects
+from mis_run.defcon import CALM, Effects, Stance
 from mis_run.errors import VerifyError
 from mis_run.events import Event, Verdict
 from mis_run.file_rules import Effect, Rule, compile_rules
@@ -150,7 +150,7 @@ def test_allowed_and_denied(child: Child) -> None:
         assert event.subject["path"] == f"{child.box}/secret" and event.pid == child.pid
     child.talk.send(b"open secret")
     assert child.talk.recv(10) == b"0"
-    with guarding(child, policy(child.box), enforce=False) as guard:
+    with guarding(child, policy(child.box), stance=Stance(enforce=False)) as guard:
         met, (event,) = act(guard, child, "open secret")
         assert (met, event.verdict) == (0, Verdict.AUDIT)
 
@@ -174,7 +174,7 @@ def test_an_allowed_object_is_remembered_until_it_changes(
         fanotify, "answer", lambda g, fd, *, allow: (asked.append(allow), real(g, fd, allow=allow))
     )
     levels = [CALM]
-    with guarding(child, policy(child.box), effects=lambda: levels[0]) as guard:
+    with guarding(child, policy(child.box), stance=Stance(effects=lambda: levels[0])) as guard:
         act(guard, child, "spin open")
         assert asked == [True]
         act(guard, child, "write open")
@@ -218,7 +218,7 @@ def test_programs(child: Child) -> None:
         met, (event,) = act(guard, child, "exec tool")
         assert met == errno.EPERM and "another content" in event.rule
     raised = Effects(binaries=True)
-    with guarding(child, only(""), effects=lambda: raised) as guard:
+    with guarding(child, only(""), stance=Stance(effects=lambda: raised)) as guard:
         met, (event,) = act(guard, child, "exec tool")
         assert met == errno.EPERM and event.rule.startswith("defcon")
 
@@ -226,7 +226,7 @@ def test_programs(child: Child) -> None:
 @pytest.mark.parametrize("delay", [0.001, 0.01])
 def test_denials_are_late(child: Child, delay: float) -> None:
     """A denial is answered late by what DEFCON says; noise of the machine only adds."""
-    with guarding(child, policy(child.box), delay=lambda: delay) as guard:
+    with guarding(child, policy(child.box), stance=Stance(delay=lambda: delay)) as guard:
         times = []
         for _ in range(30):
             began = time.perf_counter()
@@ -258,7 +258,7 @@ def test_an_open_waits_while_a_copy_is_held(child: Child) -> None:
 
 def test_a_killed_caller_needs_no_answer(child: Child) -> None:
     """A process that dies while it waits for a verdict is gone at once, and the guard goes on."""
-    with guarding(child, policy(child.box), delay=lambda: 5.0) as guard:
+    with guarding(child, policy(child.box), stance=Stance(delay=lambda: 5.0)) as guard:
         child.talk.send(b"open secret")
         poll = select.poll()
         poll.register(guard.fileno(), select.POLLIN)
