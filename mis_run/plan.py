@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from mis_run import profiles, rules
@@ -86,14 +86,17 @@ def make(options: Options, profile: Profile, host: Host, caller: Caller) -> Plan
     )
 
 
+def need(host: Host, names: Iterable[str], what: str) -> None:
+    """Raise MissingGuarantee, "cannot WHAT here", unless each mechanism in ``names`` works."""
+    for name in names:
+        finding = host.mechanisms[name]
+        if not finding.ok:
+            raise MissingGuarantee(f"cannot {what} here: {finding.detail}", hint=finding.fix)
+
+
 def check(plan: Plan) -> None:
     """Raise MissingGuarantee unless the host gives every basic and every required guarantee."""
-    for name in BASICS:
-        finding = plan.host.mechanisms[name]
-        if not finding.ok:
-            raise MissingGuarantee(
-                f"cannot start an agent here: {finding.detail}", hint=finding.fix
-            )
+    need(plan.host, BASICS, "start an agent")
     for mechanism in plan.mechanisms:
         if mechanism.finding.ok:
             continue
@@ -160,11 +163,14 @@ def _network(network: Network, host: Host) -> NetPlan:
     )
 
 
+def possible(limits: Limits, host: Host) -> Limits:
+    """More cores than the machine has is no limit; the kernel would refuse or ignore it."""
+    return replace(limits, cpus=None) if (limits.cpus or 0) >= host.cpus else limits
+
+
 def _limits(limits: Limits, host: Host, waived: frozenset[Guarantee]) -> Limits:
     """The limits that will be set: a waived one that this host cannot give is left out."""
-    if limits.cpus is not None and limits.cpus >= host.cpus:
-        # More cores than the machine has is no limit; the kernel would refuse or ignore it.
-        limits = replace(limits, cpus=None)
+    limits = possible(limits, host)
     if Guarantee.LIMITS in waived:
         fields: dict[str, tuple[str, ...]] = {"memory": ("memory",), "cpu": ("cpus",)}
         fields |= {"pids": ("pids",), "io": ("io_read", "io_write")}

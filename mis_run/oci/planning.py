@@ -28,6 +28,7 @@ from mis_run.model import (
 )
 from mis_run.oci.operator import Operator
 from mis_run.oci.spec import Spec
+from mis_run.plan import need, possible
 
 ENGINES_RESOLVER = "127.0.0.11"
 """Docker's own DNS server inside user-defined networks: asking it anything is a way out."""
@@ -144,10 +145,8 @@ def _network(profile: Profile, spec: Spec, host: Host) -> NetPlan:
 
 
 def _limits(limits: Limits, host: Host) -> Limits:
-    if limits.cpus is not None and limits.cpus >= host.cpus:
-        limits = replace(limits, cpus=None)  # no limit; the kernel would refuse or ignore it
-    # What follows is the engine's storage driver's business.
-    return replace(limits, io_read=None, io_write=None, scratch=None)
+    # Input, output and space are the business of the engine's storage driver.
+    return replace(possible(limits, host), io_read=None, io_write=None, scratch=None)
 
 
 def _mechanisms(profile: Profile, host: Host) -> list[Mechanism]:
@@ -168,12 +167,7 @@ def _mechanisms(profile: Profile, host: Host) -> list[Mechanism]:
 
 def check(plan: Plan) -> None:
     """Raise MissingGuarantee unless this host gives every basic and every required guarantee."""
-    for name in BASICS:
-        finding = plan.host.mechanisms[name]
-        if not finding.ok:
-            raise MissingGuarantee(
-                f"cannot guard a container here: {finding.detail}", hint=finding.fix
-            )
+    need(plan.host, BASICS, "guard a container")
     for mechanism in plan.mechanisms:
         if not mechanism.finding.ok and mechanism.guarantee in plan.profile.require:
             raise MissingGuarantee(
