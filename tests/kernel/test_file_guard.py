@@ -27,8 +27,9 @@ from mis_run.errors import VerifyError
 from mis_run.events import Event, Verdict
 from mis_run.file_rules import Effect, Rule, compile_rules
 from mis_run.guards import file, marks
-from mis_run.guards.file_policy import Policy
-from mis_run.linux import fanotify, libc
+from mis_run.guards.file_judge import Judge
+from mis_run.guards.file_policy import Outlaw, Policy
+from mis_run.linux import fanotify, libc, statx
 
 pytestmark = pytest.mark.root
 Talk = Callable[[str, str], Any]
@@ -71,6 +72,8 @@ class Child:
                 return self._execute(path)
             elif act == "link":
                 os.link(f"{self.box}/secret", path)
+            elif act == "rename":
+                os.rename(f"{self.box}/secret", path)
             elif act == "write":
                 Path(path).write_text("changed")
             elif act == "spin":
@@ -192,13 +195,43 @@ def test_an_allowed_object_is_remembered_until_it_changes(
 def test_a_denied_object_by_another_name(child: Child) -> None:
     """A hard link in an allowed place is the same object, where that is known; a control without
     that knowledge opens."""
-    info = os.stat(f"/proc/{child.pid}/root{child.box}/secret")
-    objects = {(info.st_dev, info.st_ino): Rule("", Effect.DENY, "deny secret")}
+    path = f"/proc/{child.pid}/root{child.box}/secret"
+    info = os.stat(path)
+    known = Outlaw(Rule("", Effect.DENY, "deny secret"), statx.birth(path))
     with guarding(child, policy(child.box)) as guard:
         assert act(guard, child, "link other")[0] == 0
         assert act(guard, child, "open other") == (0, [])
+    objects = {(info.st_dev, info.st_ino): known}
     with guarding(child, policy(child.box, objects=objects)) as guard:
         assert act(guard, child, "open other")[0] == errno.EPERM
+
+
+def test_a_file_refused_by_its_name_once(child: Child) -> None:
+    """It stays refused whatever it is called afterwards; renamed unseen, the control, it opens."""
+    with guarding(child, policy(child.box)) as guard:
+        assert act(guard, child, "open secret")[0] == errno.EPERM
+        assert act(guard, child, "rename other")[0] == 0
+        met, (event,) = act(guard, child, "open other")
+        assert (met, event.rule) == (errno.EPERM, "deny secret")
+    with guarding(child, policy(child.box)) as guard:
+        assert act(guard, child, "open other") == (0, [])
+
+
+def test_the_number_of_a_deleted_file_denies_nothing(tmp_path: Path) -> None:
+    """A new file with the device and inode of a denied one that is gone is another object."""
+    file = tmp_path / "file"
+    file.write_text("x")
+    born, info = statx.birth(str(file)), file.stat()
+    if born is None:
+        pytest.skip("this file system does not keep when a file was made")
+    rule = Rule("", Effect.DENY, "deny secret")
+    allowed = compile_rules([Rule(f"{tmp_path}/**", Effect.ALLOW, "box")])
+    for birth, verdict in ((born, rule), (None, rule), (born - 1, None)):
+        objects = {(info.st_dev, info.st_ino): Outlaw(rule, birth)}
+        judge = Judge(Policy(allowed, allowed, objects), (0, 0))
+        with file.open() as one:
+            opened = fanotify.Opened(one.fileno(), False, 0)
+            assert judge.judge(opened, str(file), info) is verdict
 
 
 def test_programs(child: Child) -> None:
