@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -56,7 +56,7 @@ class Inside:
     shim: Path
     info: Path  # folder shown read-only at INFO; holds an empty file ``init`` for the shim
     seccomp: Mapping[str, Any]
-    hidden: Sequence[tuple[str, bool]] = ()  # (path inside a bind, is a folder)
+    hidden: Mapping[str, bool] = field(default_factory=dict)  # path inside a bind → is a folder
     protected: Sequence[str] = ()  # existing paths to make read-only inside writable binds
     swap: bool = True  # whether the kernel accounts swap for a cgroup
     device: str | None = None  # MAJOR:MINOR of the disk that holds the workspace
@@ -125,7 +125,7 @@ def mounts(plan: Plan, inside: Inside) -> list[dict[str, Any]]:
     layers += [
         _bind(bind.source, bind.target, "ro" if bind.readonly else "rw") for bind in plan.binds
     ]
-    layers += [_cover(path, is_folder) for path, is_folder in inside.hidden]
+    layers += [_cover(path, is_folder) for path, is_folder in inside.hidden.items()]
     # What lies higher is mounted first, else it would cover what lies inside it.
     layers.sort(key=lambda mount: len(PurePosixPath(mount["destination"]).parts))
     found += layers

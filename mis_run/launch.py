@@ -122,10 +122,10 @@ def _launch(
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
         steps.done("rootfs")
         stack.callback(dog.farewell)  # called when the container is undone
-        config = bundle.config(plan, interior.describe(plan, run_dir.path, root, link, group))
+        inside = interior.describe(plan, run_dir.path, root, link, group)
         box = on(
             runtime.create(
-                config,
+                bundle.config(plan, inside),
                 runtime=plan.runtime(),
                 run_id=run_dir.id,
                 folder=run_dir.path,
@@ -204,7 +204,7 @@ def _launch(
         on(supervise.signals(loop, follower.signal))
         follower.on_resize = on(terminal.relay(loop, box.pty))
         dog.start(follower.unwatched, follower.dog_says)
-        facts = report.facts(plan, record)
+        facts = {**report.facts(plan, record), "covered": [*inside.hidden]}
         run_dir.note(phase="running", pid=box.pid, **facts)
         record.write(Event(kind="run.start", subject=facts))
         follower.go()

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mis_run import masks
+from mis_run import host_sockets, masks
 from mis_run.errors import SetupError
 from mis_run.linux import libc
 from mis_run.model import Finding, Host, Plan, User
@@ -252,17 +252,36 @@ def separate(host: Host) -> list[str]:
     return list(found)
 
 
-def hidden(plan: Plan) -> list[tuple[str, bool]]:
-    """(path, is a folder) of what must be covered by mounts: masked paths inside binds.
+def shared(plan: Plan) -> dict[str, str]:
+    """What the agent shares with the host: where it sees it → where it is."""
+    return {str(plan.cwd): str(plan.cwd)} | {str(b.target): str(b.source) for b in plan.binds}
+
+
+def hidden(plan: Plan) -> dict[str, bool]:
+    """path → is it a folder, of what must be covered by mounts: masked paths, and sockets of the
+    host's services, in what is shared. What is itself bound was meant.
 
     The throw-away layer covers everything else (`Layers.prepare`).
     """
-    binds = {str(plan.cwd): str(plan.cwd)} | {str(b.target): str(b.source) for b in plan.binds}
+    binds = shared(plan)
     found: dict[str, bool] = {}
     for target, source in binds.items():
         if Path(source).is_dir():
             found |= masks.inside(source, target, plan.masked)
-    return sorted((path, folder) for path, folder in found.items() if path not in binds)
+    for path in host_sockets.inside(binds):
+        if not any(folder and _within(path, above) for above, folder in found.items()):
+            found[path] = False
+    return {
+        path: folder
+        for path, folder in sorted(found.items())
+        if path not in binds and _shown(path, binds)
+    }
+
+
+def _shown(path: str, binds: Mapping[str, str]) -> bool:
+    """Whether it is there to be covered: not below another bind, which would get an empty file."""
+    target = max((target for target in binds if _within(path, target)), key=len)
+    return os.path.lexists(f"{binds[target]}{path[len(target) :]}")
 
 
 def protected(plan: Plan) -> list[str]:

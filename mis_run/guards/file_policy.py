@@ -139,7 +139,7 @@ class _Maker:
         self._root = str(root.path)
         self._path = dict(plan.env).get("PATH", "").split(":")
         # Longest first: where a path of the container lies on the host.
-        binds = {str(plan.cwd): str(plan.cwd)} | {str(b.target): str(b.source) for b in plan.binds}
+        binds = rootfs.shared(plan)
         self._binds = dict(sorted(binds.items(), key=lambda item: -len(item[0])))
         self._known: dict[str, str] = {}
 

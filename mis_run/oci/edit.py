@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mis_run import bundle, masks
+from mis_run import bundle, host_sockets, masks
 from mis_run.model import Limits, NetMode, Plan
 from mis_run.oci import seccomp_merge
 from mis_run.oci.spec import Spec
@@ -109,13 +109,16 @@ def _lower(given: object, ours: int) -> int:
 
 
 def _hidden(spec: Spec, plan: Plan) -> list[str]:
-    """What the profile's ``files.deny`` names and is there, in the image and in its volumes."""
+    """What the profile's ``files.deny`` names and is there, in the image and in its volumes; and
+    sockets of the host's services in volumes."""
     found = {*masks.find_all(str(spec.root), plan.masked)}
+    volumes: dict[str, str] = {}
     for mount in spec.at("mounts", []):
         source, target = mount.get("source"), mount.get("destination")
         if _is_bind(mount) and isinstance(source, str) and isinstance(target, str):
             found |= {*masks.inside(source, target, plan.masked)}
-    return sorted(found)
+            volumes[target] = source
+    return sorted(found | {*host_sockets.inside(volumes)} - volumes.keys())
 
 
 def _protected(plan: Plan, mounts: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:

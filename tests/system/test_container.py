@@ -502,10 +502,13 @@ def test_host_sockets_cannot_be_reached(workspace: Path, on_root: Path) -> None:
         done = run("/usr/bin/python3", "-c", connect.format(path), cwd=workspace)
         assert done.returncode == 1
         assert "refused" in done.stderr  # an overlay's inode is not the one that was bound
-        # Negative control: a bind of the folder makes the same connection work.
-        python(
-            connect.format("/srv/service.sock"), workspace, binds=[(str(on_root), "/srv", False)]
-        )
+        # Nor through a bind of its folder; negative control: a bind of the socket itself.
+        inner = connect.format("/srv/service.sock")
+        shared = [(str(on_root), "/srv", False)]
+        done = run("/usr/bin/python3", "-c", inner, cwd=workspace, binds=shared)
+        assert done.returncode == 1
+        assert "refused" in done.stderr
+        python(inner, workspace, binds=[*shared, (path, "/srv/service.sock", False)])
 
 
 def test_separate_file_systems(workspace: Path, on_root: Path) -> None:

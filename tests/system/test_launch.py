@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -69,6 +71,38 @@ def test_secrets_are_hidden(workspace: Path) -> None:
     script = "cat /etc/shadow; ls -A /root | head -1"
     done = run("sh", "-c", script, cwd=workspace, options=("--user", "0"))
     assert done.out.strip() == ""
+
+
+def test_sockets_of_services_cannot_be_reached(workspace: Path) -> None:
+    """A service's socket in the workspace refuses the agent, though it may write to the file; one
+    that is bound by name, the control, answers, and so does one of the agent's own."""
+    script = """
+import socket
+def ask(name):
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(name)
+        except OSError as error:
+            return error.strerror
+        return client.recv(10).decode()
+print(ask("service"), ask("meant"))
+with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+    server.bind("own")
+    server.listen()
+    client.connect("own")
+"""
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+        for name, service in (("service", first), ("meant", second)):
+            service.bind(str(workspace / name))
+            (workspace / name).chmod(0o777)
+            service.listen()
+        answer = threading.Thread(target=lambda: second.accept()[0].send(b"hello"), daemon=True)
+        answer.start()
+        meant = ("--bind", str(workspace / "meant"), "--log", str(workspace.parent / "log"))
+        done = run("/usr/bin/python3", "-c", script, cwd=workspace, options=meant)
+    assert (done.code, done.out) == (0, "Connection refused hello\n"), done.err
+    begin = json.loads((workspace.parent / "log").read_text().splitlines()[0])
+    assert begin["subject"]["covered"] == [str(workspace / "service")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
