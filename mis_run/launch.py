@@ -25,6 +25,7 @@ from mis_run import (
     rootfs,
     runtime,
     state,
+    stdio,
     supervise,
 )
 from mis_run.errors import MisError
@@ -122,6 +123,7 @@ def _launch(
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
         steps.done("rootfs")
         stack.callback(dog.farewell)  # called when the container is undone
+        streams = None if plan.tty else on(stdio.lent())
         inside = interior.describe(plan, run_dir.path, root, link, group)
         box = on(
             runtime.create(
@@ -207,7 +209,7 @@ def _launch(
         facts = {**report.facts(plan, record), "covered": [*inside.hidden]}
         run_dir.note(phase="running", pid=box.pid, **facts)
         record.write(Event(kind="run.start", subject=facts))
-        follower.go()
+        follower.go(streams)
         steps.done("agent")
         loop.until(lambda: follower.ending is not None)
         dog.pause()  # the agent is gone: undoing takes as long as it takes
