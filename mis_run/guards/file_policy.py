@@ -72,8 +72,10 @@ def build(plan: Plan, root: Root) -> Policy:
     """The policy of one run. Raises UsageError for a set or variable that does not exist."""
     maker = _Maker(plan, root)
     files, programs = plan.profile.files, plan.profile.exec
-    places = dict.fromkeys((*rootfs.FRESH, "/dev/shm", *_home(plan), str(plan.cwd)), True)
-    places |= {str(bind.target): not bind.readonly for bind in plan.binds}
+    places = dict.fromkeys((*rootfs.FRESH, "/dev/shm", *_home(plan)), True)
+    if plan.image:
+        places[""] = True  # who owns what in an image is its maker's choice
+    places |= {target: not bind.readonly for target, bind in plan.shared().items()}
     named = [f"{bind.target}/**" for bind in plan.binds] + [str(b.target) for b in plan.binds]
     # What stands empty in place of something hidden has only what the agent put there.
     emptied = [f"{path}/**" for path, folder in root.emptied.items() if folder]
@@ -121,7 +123,8 @@ class _Maker:
         self._root = str(root.path)
         self._path = dict(plan.env).get("PATH", "").split(":")
         # Longest first: where a path of the container lies on the host.
-        binds = {str(plan.cwd): str(plan.cwd)} | {str(b.target): str(b.source) for b in plan.binds}
+        self._whole = plan.image is not None
+        binds = {target: str(bind.source) for target, bind in plan.shared().items()}
         self._binds = dict(sorted(binds.items(), key=lambda item: -len(item[0])))
         self._known: dict[str, str] = {}
 
@@ -168,7 +171,8 @@ class _Maker:
         return sorted({path for pattern in patterns for path in masks.find(self._root, pattern)})
 
     def objects(self, denied: Iterable[Rule], opens: Rules) -> Iterator[tuple[Identity, Rule]]:
-        """The files that exist under a denial in what the agent shares with the host.
+        """The files that exist under a denial in what the agent shares with the host, and in an
+        image, where it may own them.
 
         Elsewhere the throw-away layer has nothing of theirs: they are hidden there.
         """
@@ -176,6 +180,8 @@ class _Maker:
         if any(floats(rule.pattern) or masks.normal(rule.pattern) is None for rule in denied):
             for target, source in self._binds.items():
                 yield from _denied_below(source, target, opens)
+            if self._whole:
+                yield from _denied_below(self._root, "", opens)
             return
         patterns = [rule.pattern for rule in denied]
         for target, source in self._binds.items():
