@@ -66,7 +66,7 @@ def plan(made: Plan) -> str:
     for bind in made.binds:
         mode = "read-only" if bind.readonly else "read-write"
         lines.append(f"bind         {bind.source} at {bind.target} ({mode})")
-    inside = [path for path in made.protected if path.startswith(f"{made.cwd}/")]
+    inside = [p for p in made.protected if made.workspace and p.startswith(f"{made.cwd}/")]
     lines += [f"protected    {path} (read-only)" for path in inside]
     lines.append(f"hidden       {', '.join(made.masked) or 'nothing'}")
     kind = {

@@ -88,6 +88,9 @@ class Layers:
     def prepare(self, plan: Plan, etc: Mapping[str, str]) -> dict[str, bool]:
         """Write everything that the agent finds instead of the host's; what was emptied."""
         emptied = masks.find_all(self.lower, plan.masked)
+        if plan.image is not None:
+            # The agent may own what is in an image: another name for it must find nothing either.
+            emptied |= masks.find_floating(self.lower, plan.masked)
         for path, is_folder in emptied.items():
             if is_folder:
                 self.folder_at(path, 0o755)

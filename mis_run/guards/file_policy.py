@@ -123,7 +123,6 @@ class _Maker:
         self._root = str(root.path)
         self._path = dict(plan.env).get("PATH", "").split(":")
         # Longest first: where a path of the container lies on the host.
-        self._whole = plan.image is not None
         binds = {target: str(bind.source) for target, bind in plan.shared().items()}
         self._binds = dict(sorted(binds.items(), key=lambda item: -len(item[0])))
         self._known: dict[str, str] = {}
@@ -171,8 +170,7 @@ class _Maker:
         return sorted({path for pattern in patterns for path in masks.find(self._root, pattern)})
 
     def objects(self, denied: Iterable[Rule], opens: Rules) -> Iterator[tuple[Identity, Rule]]:
-        """The files that exist under a denial in what the agent shares with the host, and in an
-        image, where it may own them.
+        """The files that exist under a denial in what the agent shares with the host.
 
         Elsewhere the throw-away layer has nothing of theirs: they are hidden there.
         """
@@ -180,8 +178,6 @@ class _Maker:
         if any(floats(rule.pattern) or masks.normal(rule.pattern) is None for rule in denied):
             for target, source in self._binds.items():
                 yield from _denied_below(source, target, opens)
-            if self._whole:
-                yield from _denied_below(self._root, "", opens)
             return
         patterns = [rule.pattern for rule in denied]
         for target, source in self._binds.items():

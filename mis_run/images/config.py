@@ -45,7 +45,7 @@ def image(name: str, digest: str, data: object) -> Image:
         raise wrong("rootfs.diff_ids is no list of sha256 digests")
     if not 0 < len(layers) <= MOST_LAYERS:
         raise wrong(f"{len(layers)} layers (from 1 to {MOST_LAYERS} are possible)")
-    inner = data.get("config") or {}
+    inner = {} if data.get("config") is None else data["config"]
     if not isinstance(inner, dict):
         raise wrong("config is no object")
     lists: dict[str, tuple[str, ...]] = {}

@@ -70,7 +70,7 @@ def _path(text: str) -> Path:
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError as error:  # ~nobody-of-this-name
-        raise UsageError(f"--image {text!r}: {error}") from None
+        raise UsageError(f"--image {text!r}: {error}", hint=HINT) from None
 
 
 def _exists(path: Path) -> bool:
