@@ -120,3 +120,28 @@ class Layout:
         """The same in one tar."""
         path.write_bytes(tar_of(self.path))
         return path
+
+    def saved(self, path: Path, name: str) -> Path:
+        """The first image as `docker save` wrote it before Docker 25 (and still loads)."""
+        manifest = json.loads(self.read(self.manifests[0]))
+        settings = self.read(manifest["config"])
+        members = []
+        files = []
+        for number, one in enumerate(manifest["layers"]):
+            data = self.read(one)
+            files.append(f"{number}/layer.tar")
+            members.append(entry(files[-1], gzip.decompress(data) if data[:1] == b"\x1f" else data))
+        config_name = f"{sha(settings).removeprefix('sha256:')}.json"
+        listed = [{"Config": config_name, "RepoTags": [name], "Layers": files}]
+        members += [
+            entry(config_name, settings),
+            entry("manifest.json", json.dumps(listed).encode()),
+        ]
+        path.write_bytes(tar(members))
+        return path
+
+    def read(self, descriptor: Mapping[str, Any]) -> bytes:
+        """A blob's bytes."""
+        return (
+            self.path / "blobs/sha256" / descriptor["digest"].removeprefix("sha256:")
+        ).read_bytes()
