@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import resource
 import stat
 import tarfile
 import zlib
@@ -21,6 +22,7 @@ from mis_run.errors import SetupError
 MOST_TEXT = 4 << 20
 """Bytes of an index, manifest or configuration (registries take as many)."""
 MOST_NAMES = 20_000  # members of an archive
+MEMORY = 256 << 20  # bytes that listing them may take
 UNREADABLE: tuple[type[Exception], ...] = (
     *(OSError, tarfile.TarError, ValueError, EOFError, zlib.error),
     *(OverflowError, MemoryError, RecursionError, IndexError),
@@ -114,6 +116,19 @@ class Archive:
 
 
 @contextmanager
+def _little_memory() -> Iterator[None]:
+    """A tar may say that one header has as many bytes as the file pretends to have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most if hard == -1 else min(most, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
 def archive(path: Path) -> Iterator[Archive]:
     """The tar at ``path``, open. Raises SetupError."""
     with ExitStack() as stack:
@@ -126,8 +141,9 @@ def archive(path: Path) -> Iterator[Archive]:
             )
         file.seek(0)
         try:
-            tar = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
-            found = Archive(path, tar)
+            with _little_memory():
+                tar = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
+                found = Archive(path, tar)
         except UNREADABLE as error:
             raise SetupError(f"{path}: no archive of an image: {error}") from error
         yield found

@@ -42,7 +42,7 @@ _syncfs = libc.function("syncfs", ctypes.c_int)
 
 def place() -> Path:
     """The cache's folder: ``$MIS_CACHE``, else the default."""
-    return Path(os.environ.get("MIS_CACHE") or DEFAULT)
+    return Path(os.environ.get("MIS_CACHE") or DEFAULT).absolute()
 
 
 def tree(digest: str) -> Path:
@@ -142,7 +142,10 @@ def using(*, exclusive: bool = False) -> Iterator[None]:
 
 
 def fill(found: layout.Found, partial: Path) -> Accounts:
-    """Unpack what is missing of an image, and read its users. Needs the lock of `filling`."""
+    """Unpack what is missing of an image, and read its users. Needs the lock of `filling`.
+
+    Raises SetupError; layers that were complete by then stay.
+    """
     for one in found.layers:
         target = tree(one.diff).parent
         if target.is_dir():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mis_run.errors import SetupError
 from mis_run.host import Caller
 from mis_run.images import accounts, blobs, cache, layout, words
 from mis_run.images.accounts import Accounts
@@ -61,5 +63,8 @@ def unpacked(source: Source) -> Accounts:
     with cache.filling() as partial:
         if (known := cache.accounts(image)) is not None:  # by another launch, while we waited
             return known
+        print(f"mis-run: unpacking image {image.name}", file=sys.stderr)
         with source.fetch(partial) as found:
+            if found.image.layers != image.layers:
+                raise SetupError(f"image {image.name} changed while it was read", hint="try again")
             return cache.fill(found, partial)

@@ -491,3 +491,15 @@ def test_sparse_and_special_members_are_no_blobs(tmp_path: Path) -> None:
     path.write_bytes(layouts.tar(members))
     with blobs.archive(path) as opened, pytest.raises(SetupError, match="no regular file"):
         layout.find(opened, "x", "")
+
+
+def test_a_header_that_pretends_to_be_huge(tmp_path: Path) -> None:
+    """An extended header of 8 GiB, in a file that is almost all hole, takes no memory."""
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, 8 << 30
+    path = tmp_path / "huge.tar"
+    with path.open("wb") as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(9 << 30)
+    with pytest.raises(SetupError, match="no archive of an image"), blobs.archive(path):
+        pass
