@@ -1,7 +1,7 @@
 """``images/build``: images from a Debian mirror, with no registry, equal from build to build.
 
-A root of a few packages is built always; the real recipes take minutes each, so they are built where
-MIS_TEST_IMAGES=1 asks for it.
+A root of a few packages is built always; the real recipes take minutes each, so they are built
+where MIS_TEST_IMAGES=1 asks for it.
 """
 
 from __future__ import annotations
