@@ -28,14 +28,13 @@ from typing import Any
 
 from mis_run import locks, state
 from mis_run.errors import MissingGuarantee, SetupError
-from mis_run.images import aside, layer, layout
+from mis_run.images import layer, layout, merged
 from mis_run.images.accounts import Accounts
 from mis_run.linux import libc
 from mis_run.model import Image
 
 DEFAULT = Path("/var/cache/mis")
 LINKS = "layers"  # folder of a run's state directory: N → layers/HEX/tree
-MOST_ACCOUNTS = 1 << 20  # bytes of a passwd or group that are read
 
 _syncfs = libc.function("syncfs", ctypes.c_int)
 
@@ -92,7 +91,10 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def prepare() -> None:
-    """Make the cache's folders. Raises SetupError where others could write there."""
+    """Make the cache's folders. Raises SetupError where others could write there, MissingGuarantee
+    for others than root."""
+    if os.geteuid():
+        raise MissingGuarantee("the cache of images is root's", hint="sudo …")
     top = place()
     try:
         top.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -113,8 +115,6 @@ def prepare() -> None:
 @contextmanager
 def filling() -> Iterator[Path]:
     """Hold the lock for making or removing; an empty folder to do it in."""
-    if os.geteuid():
-        raise MissingGuarantee("the cache of images is root's", hint="sudo …")
     prepare()
     partial = place() / "partial"
     with locks.exclusive(place() / "fill.lock", os.O_CREAT | os.O_RDWR):
@@ -159,8 +159,8 @@ def fill(found: layout.Found, partial: Path) -> Accounts:
         (new / "facts.json").write_text(json.dumps(facts))
         _sync(new)
         new.rename(target)
-    users = _read_accounts(found.image, partial)
     image = found.image
+    users = merged.accounts(image.name, stack(image, partial / "stack"), partial / "view")
     whole = {"layers": image.layers, "passwd": users.passwd, "group": users.group}
     _write(_record(image), {**whole, "name": image.name, "digest": image.digest})
     return users
@@ -212,48 +212,13 @@ def take(image: Image, run_dir: Path) -> list[Path]:
     return found
 
 
-def _read_accounts(image: Image, partial: Path) -> Accounts:
-    """``/etc/passwd`` and ``/etc/group`` as the merged image has them.
-
-    Read in a process whose root is the image, so a link there leads nowhere else.
-    """
-    layers = stack(image, partial / "stack")
-    view = partial / "view"
-    view.mkdir()
-
-    def body() -> dict[str, Any]:
-        libc.unshare(libc.CLONE_NEWNS)
-        libc.mount("none", "/", "", libc.MS_REC | libc.MS_PRIVATE)
-        root = layers[0]
-        if len(layers) > 1:
-            os.chdir(layers[0].parent)
-            data = f"lowerdir={':'.join(link.name for link in layers)}"
-            libc.mount("overlay", str(view), "overlay", libc.MS_RDONLY, data)
-            root = view
-        os.chroot(root)
-        os.chdir("/")
-        return {name: _text(f"/etc/{name}") for name in ("passwd", "group")}
-
-    found = aside.run(f"image {image.name}", body)
-    return Accounts(found["passwd"], found["group"])
-
-
-def _text(path: str) -> str:
-    """A regular file's text, as far as it is read; nothing where there is none."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return ""
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return ""
-        return file.read(MOST_ACCOUNTS).decode(errors="replace")
-
-
 def in_use() -> set[str]:
     """Digests (hex) of layers that a run names, live or not yet collected."""
-    links = (link for path in state.run_dirs() for link in (path / LINKS).glob("*"))
-    return {link.readlink().parent.name for link in links}
+    found = set()
+    for path in state.run_dirs():
+        with suppress(OSError):  # it has none, or ended meanwhile
+            found |= {link.readlink().parent.name for link in (path / LINKS).iterdir()}
+    return found
 
 
 def listing() -> list[dict[str, Any]]:
@@ -286,15 +251,16 @@ def prune(idle: float = 0.0) -> dict[str, list[str]]:
         return removed
     with filling() as partial, using(exclusive=True):
         kept = in_use()
-        for path in list((place() / "images").glob("*.json")):
-            facts = _facts(path)
+        for path in list((place() / "images").iterdir()):
+            facts = _facts(path) if path.suffix == ".json" else {}  # or a launch was interrupted
             layers = {_hex(str(one)) for one in facts.get("layers", ())}
             busy = bool(layers) and layers <= kept
-            if busy or time.time() - path.stat().st_mtime < idle:
+            if busy or (facts and time.time() - path.stat().st_mtime < idle):
                 kept |= layers
                 continue
             path.unlink()
-            removed["images"].append(str(facts.get("name") or path.stem))
+            if facts:
+                removed["images"].append(str(facts.get("name") or path.stem))
         for path in list((place() / "layers").iterdir()):
             if path.name not in kept:
                 path.rename(partial / path.name)

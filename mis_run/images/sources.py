@@ -57,6 +57,7 @@ def prepare(options: Options, called: Caller, *, unpack: bool) -> tuple[Image, C
 def unpacked(source: Source) -> Accounts:
     """Have the whole image in the cache, unpacked; its users. Raises SetupError."""
     image = source.image
+    cache.prepare()
     if (known := cache.accounts(image)) is not None:
         cache.touch(image)
         return known

@@ -448,6 +448,10 @@ def test_a_cache_that_others_can_write_is_refused(
     assert (done.code, "root's alone" in done.err) == (121, True)
     images.cache.chmod(0o700)
     assert images.run("true").code == 0
+    os.chown(images.cache, 65534, 65534)  # also when everything is there already
+    assert images.run("true").code == 121
+    os.chown(images.cache, 0, 0)
+    assert images.run("true").code == 0
 
 
 # ---- an engine's images -----------------------------------------------------------------------

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import Layout, sha
 
-from mis_run import cli, plan, profiles
+from mis_run import cli, masks, plan, profiles
 from mis_run.errors import MisError, NotFound, SetupError, UsageError
 from mis_run.host import Caller
 from mis_run.images import blobs, config, layout, words
@@ -503,3 +505,31 @@ def test_a_header_that_pretends_to_be_huge(tmp_path: Path) -> None:
         file.truncate(9 << 30)
     with pytest.raises(SetupError, match="no archive of an image"), blobs.archive(path):
         pass
+
+
+def test_floating_denials_are_found_wherever_they_are(tmp_path: Path) -> None:
+    """Files, folders and links of an image, by name; a link's target is not looked at."""
+    for name in ("app/.env", "app/keys/a.pem", "etc/b.pem", "srv/secret/x/y", "srv/other/z"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "app/c.pem").symlink_to("/etc/hosts")
+    (tmp_path / "app/dir").symlink_to("/srv")
+    patterns = ("**/.env", "*.pem", "/srv/**/secret", "/etc/anchored", "**/nothing/**")
+    assert masks.find_floating(str(tmp_path), patterns) == {
+        "/app/.env": False,
+        "/app/keys/a.pem": False,
+        "/etc/b.pem": False,
+        "/app/c.pem": False,
+        "/srv/secret": True,
+    }
+    assert masks.find_floating(str(tmp_path), ("/app/.env",)) == {}  # anchored: find_all's
+
+
+def test_a_launch_without_an_image_does_not_pay_for_it() -> None:
+    """Neither our readers nor the docker SDK are imported."""
+    names = "mis_run.cli, mis_run.host, mis_run.plan, mis_run.launch, mis_run.follow"
+    argv = [sys.executable, "-I", "-c", f"import sys, {names}; print(*sys.modules)"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
+    assert "mis_run.launch" in done
+    ours = [name for name in done if name.startswith(("mis_run.images", "docker", "requests"))]
+    assert ours == []
