@@ -15,7 +15,7 @@ chown 1000:1000 /home/agent /work
 # mis-run and docker give no_new_privs or nothing: no program of an agent changes its user.
 find / -xdev -type f -perm /6000 -exec chmod a-s {} +
 
-if [ -n "${SUITE:-}" ] && [ -d /etc/apt ] && grep -qx ID=debian /etc/os-release; then
+if [ -n "${SUITE:-}" ] && [ -d /etc/apt ] && grep -qsx ID=debian /etc/os-release; then
     # Debian's own address, not that of the machine that built this.
     rm -rf /etc/apt/sources.list.d/*
     echo "deb http://deb.debian.org/debian $SUITE main" >/etc/apt/sources.list
