@@ -51,7 +51,7 @@ def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str
     cwd = Path(str(spec.at("process.cwd", "/")))
     home = variables.get("HOME", "/root")
     facts = {"HOME": home, "WORKSPACE": str(cwd)}
-    profile = _for_an_image(profile)
+    profile = profiles.for_an_image(profile)
     user = spec.at("process.user", {})
     return Plan(
         name=name,
@@ -70,22 +70,7 @@ def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str
         limits=_limits(profile.limits, host),
         host=host,
         waived=operator.waived - operator.minimum,
-    )
-
-
-def _for_an_image(profile: Profile) -> Profile:
-    """The named sets as they mean an image: the system is all of it, and the host's secrets are
-    not in it (its /root and /var/log are its own)."""
-
-    def widened(entries: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple("/**" if entry == "@system" else entry for entry in entries)
-
-    files, programs = profile.files, profile.exec
-    denied = tuple(entry for entry in files.deny if entry != "@secrets")
-    return replace(
-        profile,
-        files=replace(files, read=widened(files.read), write=widened(files.write), deny=denied),
-        exec=replace(programs, allow=widened(programs.allow)),
+        workspace=False,  # one of the binds, or not the host's at all
     )
 
 
