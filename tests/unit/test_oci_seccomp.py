@@ -49,9 +49,18 @@ DOCKER = engine(
 )
 # Newer ones: no vsock. And one that allows next to nothing.
 NEWER = engine(*DOCKER["syscalls"][1:], rule(ORDINARY), rule(["socket"], on(40, "NE")))
+# podman's: no netlink audit, in three rules of which one says no.
+PODMAN = engine(
+    *DOCKER["syscalls"][1:],
+    rule([*ORDINARY, "seccomp", "memfd_create"]),
+    rule(["socket"], on(16), on(9, index=2), action="ERRNO") | {"errnoRet": errno.EINVAL},
+    rule(["socket"], on(9, "NE", index=2)),
+    rule(["socket"], on(16, "NE")),
+    rule(["socket"], on(9, "NE", index=2)),
+)
 TINY = engine(rule(["read", "write", "exit_group", "execve", "openat"]))
 OPEN = engine(rule(["ptrace", "read"], action="ERRNO"), default="ALLOW")
-ENGINES = {"docker": DOCKER, "newer": NEWER, "tiny": TINY, "open": OPEN}
+ENGINES = {"docker": DOCKER, "newer": NEWER, "podman": PODMAN, "tiny": TINY, "open": OPEN}
 
 
 @cache
@@ -111,7 +120,7 @@ def own() -> Program:
     return compiled(seccomp.profile(escape_rules.notify_rules(), left_out=NAMES)["syscalls"])
 
 
-@pytest.mark.parametrize("name", ["docker", "newer"])
+@pytest.mark.parametrize("name", ["docker", "newer", "podman"])
 def test_ordinary_calls_still_run(name: str) -> None:
     """The controls: what every program does passes, and the guard sees what it should."""
     merged = program(name, True)
@@ -140,6 +149,15 @@ def test_only_the_native_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         engine(rule(["socket"], on(1, index=1))),  # a condition we cannot compare
         engine(rule(["socket"], on(1))),  # allows less than the guard would
+        engine(rule(["socket"], on(9, "NE", index=2))),  # less than the guard for every family
+        engine(rule(["socket"], on(7, "GE", index=2)), rule(["socket"], on(5, "LT", index=2))),
+        # A rule that says no where the guard would say yes, or might.
+        engine(rule(["socket"], on(16, "NE")), rule(["socket"], on(2), action="ERRNO")),
+        engine(
+            rule(["socket"], on(16, "NE")),
+            rule(["socket"], on(16)),
+            rule(["socket"], on(3, index=1), action="ERRNO"),
+        ),
         engine(rule(["mount"], on(1))),
         engine(rule(["clone"], on(0x10000000, "MASKED_EQ"))),
         engine(rule(["socket"]), rule(["socket"], on(1), action="ERRNO")),
