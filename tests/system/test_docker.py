@@ -41,10 +41,11 @@ EPERM, ECONNREFUSED, EFAULT = 1, 111, 14
 TTY = "/dev/pts/0"
 
 
-def write_profiles(folder: Path) -> Path:
+def write_profiles(folder: Path, *, gateway: str = GATEWAY) -> Path:
     """The operator's file, with the test's own profiles; its path."""
     folder.mkdir()
     for name, text in PROFILES.items():
+        text = text.replace(GATEWAY, gateway)
         (folder / f"{name}.toml").write_text(f'extends = "default"\n{text}\n')
     config = folder / "oci.toml"
     allowed = json.dumps([*PROFILES])
