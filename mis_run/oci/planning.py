@@ -27,6 +27,7 @@ from mis_run.model import (
     User,
 )
 from mis_run.oci.operator import Operator
+from mis_run.oci.order import Order
 from mis_run.oci.spec import Spec
 
 ENGINES_RESOLVER = "127.0.0.11"
@@ -34,12 +35,38 @@ ENGINES_RESOLVER = "127.0.0.11"
 
 BASICS = ("root", "cgroup-v2", "runtime", "cgroup-bpf", "seccomp-notify")
 """Without these there is nothing to guard a container with."""
+HOOK_BASICS = ("root", "cgroup-v2", "cgroup-bpf")
 
 SKETCH = Host(mechanisms={}, cgroup="", unified=None, controllers={}, runtime=None)
 """A machine that nobody has looked at: enough for what a configuration needs of a plan. The
 supervisor makes the plan that is checked, while the OCI runtime works."""
 
 NOT_HERE = Finding(False, "not given to containers of an engine yet", "leave it out of [require]")
+
+
+BY_HOOK = Finding(
+    False,
+    "an OCI hook cannot give it",
+    "use the runtime (--runtime mis), or waive it in the hook's file: --allow-missing",
+)
+HOOKS = frozenset({Guarantee.NET, Guarantee.COUNTERS, Guarantee.LIVENESS})
+"""What a hook can give: all that needs nothing but the container's cgroup."""
+
+
+def of(order: Order, host: Host) -> Plan:
+    """The plan for an order. Raises UsageError as `make`, and for what a hook cannot do."""
+    plan = make(order.profile, order.spec, order.operator, host, order.name)
+    if not order.by_hook:
+        return plan
+    for text in plan.network.allow:
+        if rules.parse(text).name:
+            raise UsageError(
+                f"profile {plan.profile.name}: network rule {text!r} is by name, and only the "
+                "runtime can give a container our resolver",
+                hint="use the runtime (--runtime mis), or addresses",
+            )
+    found = [m if m.guarantee in HOOKS else replace(m, finding=BY_HOOK) for m in plan.mechanisms]
+    return replace(plan, mechanisms=tuple(found))
 
 
 def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str | None) -> Plan:
@@ -166,9 +193,9 @@ def _mechanisms(profile: Profile, host: Host) -> list[Mechanism]:
     return found
 
 
-def check(plan: Plan) -> None:
+def check(plan: Plan, *, by_hook: bool = False) -> None:
     """Raise MissingGuarantee unless this host gives every basic and every required guarantee."""
-    for name in BASICS:
+    for name in HOOK_BASICS if by_hook else BASICS:
         finding = plan.host.mechanisms[name]
         if not finding.ok:
             raise MissingGuarantee(
