@@ -51,6 +51,7 @@ class Known:
     interface: bool
     record: Path | None
     place: str  # of the cgroup in its hierarchies
+    container: str | None = None  # an engine's, by its id (`oci.attach`)
 
 
 @contextmanager
@@ -96,7 +97,12 @@ def attach(which: str) -> int:
         ) from None
     with ExitStack() as stack:
         beats, held = stack.enter_context(_take(path / SOCKET))
-        code = _supervise(stack, path, known, beats, held, facts)
+        if known.container is None:
+            code = _supervise(stack, path, known, beats, held, facts)
+        else:
+            from mis_run.oci import attach as containers
+
+            code = containers.run(stack, path, known, beats, held)
     gc.collect()
     return code
 
@@ -154,11 +160,10 @@ def _supervise(
     stack.callback(box.close)
     box.pty = held.get("pty")
     tracker = Tracker(settings.defcon)
-    if (level := _last_level(known.record)) < tracker.level:
+    if (level := last_level(known.record)) < tracker.level:
         tracker.set(level)
     delay: Callable[[], float] = tracker.delay
-    maps = {name.removeprefix(MAPS): fd for name, fd in held.items() if name.startswith(MAPS)}
-    guard = on(net.adopt(plan.network, maps, known.sources, enforce=settings.enforce))
+    guard = on(net.adopt(plan.network, maps_of(held), known.sources, enforce=settings.enforce))
     guard.canary_pid = known.pid
     guards: dict[str, Guard] = {"net": guard}
     if "seccomp" in held:
@@ -217,6 +222,11 @@ def _supervise(
     return follower.ending.code
 
 
+def maps_of(held: Mapping[str, int]) -> dict[str, int]:
+    """The network guard's maps among the descriptors that the watchdog held, by name."""
+    return {name.removeprefix(MAPS): fd for name, fd in held.items() if name.startswith(MAPS)}
+
+
 def _cgroup(run_id: str, known: Known) -> Cgroup:
     from pathlib import PurePosixPath
 
@@ -225,7 +235,7 @@ def _cgroup(run_id: str, known: Known) -> Cgroup:
     return Cgroup(run_id, host.unified, host.controllers, PurePosixPath(known.place).parent)
 
 
-def _last_level(path: Path | None) -> int:
+def last_level(path: Path | None) -> int:
     """The DEFCON level that the record ends with: losing a supervisor resets nothing."""
     level = 5
     if path is not None and path.exists():

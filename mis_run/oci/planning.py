@@ -139,10 +139,11 @@ def _with_operator(profile: Profile, operator: Operator) -> Profile:
             f"profile {profile.name} only records ([mode] enforce = false)",
             hint='the operator can allow that for containers: allow = ["audit"]',
         )
-    if profile.liveness.on_loss is OnLoss.OPEN:
+    if profile.liveness.on_loss is OnLoss.OPEN and "on-loss-open" not in operator.allow:
         raise UsageError(
-            f"profile {profile.name}: liveness.on_loss = 'open' is not possible for containers",
-            hint="use 'closed': the container ends with its supervisor",
+            f"profile {profile.name}: liveness.on_loss = 'open' would let a container run on "
+            "unguarded",
+            hint='the operator can allow that for containers: allow = ["on-loss-open"]',
         )
     return replace(profile, require=profile.require - operator.waived | operator.minimum)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -36,7 +37,7 @@ from mis_run.guards import counters, escape, file, file_policy, net
 from mis_run.guards.file_policy import Policy
 from mis_run.later import Later
 from mis_run.linux import memfd
-from mis_run.model import NetMode, NetPlan, Plan
+from mis_run.model import NetMode, NetPlan, OnLoss, Plan
 from mis_run.oci import container, planning, runs
 from mis_run.oci.order import CANARY, Caller, Order, Place
 from mis_run.rootfs import Root
@@ -63,6 +64,12 @@ def policy_of(plan: Plan) -> Policy:
 
 class Watcher(Follower):
     """Follows a container whose exit code its engine learns, not we."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.listeners: set[int] = set()  # one per filter: the container's, and each exec's
+        self.on_listener: Callable[[int], None] = lambda number: None
+        self.on_listener_gone: Callable[[int], None] = lambda number: None
 
     def go(self) -> None:
         """The engine starts it whenever it wants."""
@@ -110,12 +117,16 @@ class Watcher(Follower):
         )
         number = guard.fileno()
         self.guards = {**self.guards, f"escape-{number}": guard}
+        self.listeners.add(listener)
+        self.on_listener(listener)
 
         def serve() -> None:
             self.emit(guard.read())
             if guard.over:  # that process and its children are gone
                 self.loop.remove(number)
                 self.guards = {k: v for k, v in self.guards.items() if v is not guard}
+                self.listeners.discard(listener)
+                self.on_listener_gone(listener)
                 stack.close()
 
         self.loop.add(number, serve)
@@ -221,11 +232,16 @@ def _guarded(
         counted.ready()
         if not order.by_hook:
             watcher.listen(place.listener)
-        dog.watching({"fanotify": files.group} if files else {})
         netns = None
         if plan.network.mode is not NetMode.HOST:
             netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, netns)
+        held = {"fanotify": files.group} if files else {}
+        if settings.liveness.on_loss is OnLoss.OPEN:
+            from mis_run.oci import attach
+
+            held |= on(attach.offer(watcher, dog, guard, run_dir, policy, netns))
+        dog.watching(held)
         on(
             names.serve_plan(
                 # Whom a hook guards asks the engine's resolver, as far as rules allow that.
