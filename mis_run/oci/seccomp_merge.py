@@ -107,6 +107,12 @@ def _over_ours(
     denied = {name for rule in rules if rule["action"] not in PERMISSIVE for name in rule["names"]}
     made = seccomp.profile(ours, left_out=NAMES)
     trimmed = [_narrowed(rule, denied, enforce=enforce) for rule in made["syscalls"]]
+    # As the engine denies them: which error a program meets is the engine's to say.
+    trimmed += [
+        {**rule, "names": [name for name in rule["names"] if name not in NAMES]}
+        for rule in rules
+        if rule["action"] not in PERMISSIVE and not rule.get("args")
+    ]
     return {**made, "syscalls": [rule for rule in trimmed if rule["names"]]}
 
 

@@ -59,7 +59,11 @@ PODMAN = engine(
     rule(["socket"], on(9, "NE", index=2)),
 )
 TINY = engine(rule(["read", "write", "exit_group", "execve", "openat"]))
-OPEN = engine(rule(["ptrace", "read"], action="ERRNO"), default="ALLOW")
+OPEN = engine(
+    rule(["ptrace", "read"], action="ERRNO"),
+    rule(["getcwd"], action="ERRNO") | {"errnoRet": 42},
+    default="ALLOW",
+)
 ENGINES = {"docker": DOCKER, "newer": NEWER, "podman": PODMAN, "tiny": TINY, "open": OPEN}
 
 
@@ -175,3 +179,8 @@ def test_what_cannot_be_merged_is_refused(bad: dict[str, Any]) -> None:
     """A guess would be a hole, or take something away that nobody mentioned."""
     with pytest.raises(UsageError, match="seccomp"):
         merge(bad, enforce=True, sealed=False)
+
+
+def test_the_engines_error_is_kept() -> None:
+    """Where the engine denies, a program meets the error that the engine chose."""
+    assert interpret(program("open", True), abi.number("getcwd"), ARCH, [0] * 6) == ERRNO | 42
