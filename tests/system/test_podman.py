@@ -17,7 +17,7 @@ import engine as engines
 import podman as podmans
 import pytest
 from engine import events, runs
-from harness import mis, wait_for
+from harness import MIS, mis, wait_for
 from podman import GATEWAY, Podman, traces
 from test_docker import write_profiles
 
@@ -209,3 +209,20 @@ def test_mis_kill_finds_it(box: Podman) -> None:
     assert json.loads(mis("inspect", short).stdout)["plan"]["profile"]["name"] == "default"
     assert mis("kill", short).returncode == 0
     assert ended(box)["ExitCode"] == 137
+
+
+def test_open_lets_the_container_run_on(box: Podman) -> None:
+    """on_loss = "open": it outlives its supervisor, mis attach guards it again, podman ends it."""
+    short = start(box, "--annotation", "mis.profile=lasting")[:12]
+    script = f"{TO_GATEWAY}; {PTRACE}"
+    assert said(box("exec", "box", "sh", "-c", script, check=False)) == [EPERM, EPERM]
+    os.kill(runs()[0]["supervisor"], signal.SIGKILL)
+    wait_for(lambda: "watchdog.open" in {event["kind"] for event in events()})
+    assert state_of(box)["Status"] == "running"
+    assert box("exec", "box", "true", check=False).returncode != 0  # nobody could guard it
+    again = subprocess.Popen([*MIS, "attach", short], stderr=subprocess.DEVNULL)
+    wait_for(lambda: "run.attached" in {event["kind"] for event in events()})
+    assert said(box("exec", "box", "sh", "-c", script, check=False)) == [EPERM, EPERM]
+    box("stop", "--time", "0", "box")
+    assert again.wait(20) == 0
+    assert state_of(box)["ExitCode"] == 137
