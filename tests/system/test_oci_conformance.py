@@ -165,6 +165,17 @@ CASES = {
         "cd /sys/fs/cgroup/cpu; cat cpu.shares cpu.cfs_quota_us cpu.cfs_period_us",
         {"linux.resources.cpu": {"shares": 512, "quota": 5000, "period": 100000}},
     ),
+    "cgroup-blkio": Case(
+        "cat /sys/fs/cgroup/blkio/blkio.bfq.weight", {"linux.resources.blockIO": {"weight": 500}}
+    ),
+    "uid-gid-mappings": Case(
+        "cat /proc/self/uid_map /proc/self/gid_map; id -u; touch /tmp 2>&1",
+        {
+            "+linux.namespaces": [{"type": "user"}],
+            "linux.uidMappings": [{"containerID": 0, "hostID": 0, "size": 1000}],
+            "linux.gidMappings": [{"containerID": 0, "hostID": 0, "size": 1000}],
+        },
+    ),
     "cgroup-devices": Case(
         "head -c 1 /dev/full >/dev/null 2>&1; echo $?; head -c 1 /dev/zero 2>&1 | wc -c",
         {
