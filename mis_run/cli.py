@@ -67,13 +67,18 @@ COUNT = _Unit("N", units.count)
 )
 @click.option("--profile", "-p", default="default", metavar="NAME|FILE", help="Rules to run under.")
 @click.option(
-    "--workdir", "-w", metavar="DIR", help="Workspace, read-write at the same path.  [default: .]"
+    "--workdir",
+    "-w",
+    metavar="DIR",
+    help="Workspace, read-write at the same path.  [default: .; with --image none]",
 )
 @click.option(
     "--bind", "-b", "binds", multiple=True, metavar="SRC[:DST][:ro]", help="Show a host path."
 )
 @click.option("--env", "-e", multiple=True, metavar="NAME[=VALUE]", help="Set or pass a variable.")
 @click.option("--rootfs", metavar="DIR", help="Root file system instead of the host's.")
+@click.option("--image", metavar="IMAGE", help="Root from an image: NAME, oci:DIR, archive:FILE.")
+@click.option("--entrypoint", metavar="CMD", help="Instead of the image's entrypoint; '' for none.")
 @click.option("--net", type=click.Choice([m.value for m in NetMode]), help="Network to give.")
 @click.option(
     "--allow-net",
@@ -106,9 +111,15 @@ def command(**words: Any) -> int:
     # Imported late: a wrong word should not pay for the engine.
     from mis_run import host, plan, profiles
 
-    caller = host.caller(options.user, os.environ)
     profile = profiles.load(options.profile)
-    made = plan.make(options, profile, host.probe(), caller)
+    image = None
+    if options.image is None:
+        caller = host.caller(options.user, os.environ)
+    else:
+        from mis_run.images import sources
+
+        image, caller = sources.prepare(options, host.caller(None, os.environ), unpack=not dry_run)
+    made = plan.make(options, profile, host.probe(), caller, image)
     if dry_run:
         from mis_run import show
 
@@ -133,6 +144,8 @@ def parse(
     binds: tuple[str, ...],
     env: tuple[str, ...],
     rootfs: str | None,
+    image: str | None = None,
+    entrypoint: str | None = None,
     net: str | None,
     allow_net: tuple[str, ...],
     tty: bool | None,
@@ -143,9 +156,13 @@ def parse(
     **limits: Any,
 ) -> Options:
     """click's words as `Options`. Raises UsageError for what click cannot judge."""
-    if not command:
+    if not command and image is None:
         raise UsageError("no command given", hint="mis-run [options] -- CMD [ARG]…")
-    if any("\0" in word for word in command):
+    if image is not None and rootfs is not None:
+        raise UsageError("--image and --rootfs: there is one root", hint="leave one of them out")
+    if entrypoint is not None and image is None:
+        raise UsageError("--entrypoint is for images", hint="--image IMAGE --entrypoint CMD")
+    if any("\0" in word for word in (*command, entrypoint or "")):
         raise UsageError("a NUL byte in the command")
     if tty is None:
         tty = sys.stdin.isatty() and sys.stdout.isatty() and _in_foreground()
@@ -156,10 +173,12 @@ def parse(
     return Options(
         command=command,
         profile=profile,
-        workdir=_directory("--workdir", workdir or _cwd()),
+        workdir=None if image and not workdir else _directory("--workdir", workdir or _cwd()),
         binds=tuple(_bind(text) for text in binds),
         env=tuple(_variable(text) for text in env),
         rootfs=_directory("--rootfs", rootfs) if rootfs else None,
+        image=image,
+        entrypoint=entrypoint,
         net=NetMode(net) if net else None,
         allow_net=allow_net,
         tty=tty,
@@ -235,6 +254,7 @@ def _variable(text: str) -> tuple[str, str]:
 
 def run_command(cli: click.Command, name: str) -> NoReturn:
     """Run a click command with our error style: one message, one hint, one exit code."""
+    _open_streams()
     try:
         code = cli.main(prog_name=name, standalone_mode=False)
     except MisError as error:
@@ -260,6 +280,16 @@ def run_command(cli: click.Command, name: str) -> NoReturn:
     sys.stderr.flush()
     # Everything is undone and written; taking the interpreter apart would cost 13 ms more.
     os._exit(code if isinstance(code, int) else 0)
+
+
+def _open_streams() -> None:
+    """Standard streams that our caller has closed become /dev/null: the next file opened would get
+    such a number, and the agent would get that file."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # The lowest number that is free: this one, since those below it are open.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def complain(error: MisError) -> None:

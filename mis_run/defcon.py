@@ -64,6 +64,21 @@ def effects_at(level: int, begins: Mapping[str, int] = EFFECTS) -> Effects:
 
 
 @dataclass(frozen=True, slots=True)
+class Stance:
+    """How a guard carries out its denials now; asked at every one of them.
+
+    ``enforce`` false only records.  ``delay`` gives the seconds by which an answer is late.
+    """
+
+    enforce: bool = True
+    delay: Callable[[], float] = lambda: 0.0
+    effects: Callable[[], Effects] = lambda: CALM
+
+
+ENFORCING = Stance()
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """The level changed: to ``level``, at ``time.monotonic()`` seconds ``at``, as ``event`` says.
 
@@ -105,6 +120,10 @@ class Tracker:
         if not self._settings.act:
             return 0.0
         return (0.0, 0.0, *reversed(self._settings.delays), 0.0)[self.level]
+
+    def stance(self, *, enforce: bool) -> Stance:
+        """What guards that follow this tracker are attached with."""
+        return Stance(enforce, self.delay, lambda: self.effects)
 
     def violation(self, event: Event) -> Change | None:
         """Count one violation. A rule marked ``kill`` goes to level 1 at once.

@@ -106,7 +106,7 @@ def compile_rules(rules: Iterable[Rule]) -> Rules:
     made = Rules()
     for rule in rules:
         if floats(rule.pattern):
-            made.floating.append((re.compile(_floating(rule.pattern)), rule))
+            made.floating.append((re.compile(anywhere(rule.pattern)), rule))
         elif WILD.search(rule.pattern.removesuffix("/**")):
             folder = rule.pattern[: _literal(rule.pattern)].rpartition("/")[0] or "/"
             made.wild.setdefault(folder, []).append((re.compile(translate(rule.pattern)), rule))
@@ -128,7 +128,8 @@ def floats(pattern: str) -> bool:
     return not pattern.startswith("/") or pattern.startswith("/**/")
 
 
-def _floating(pattern: str) -> str:
+def anywhere(pattern: str) -> str:
+    """The regular expression of a pattern that `floats`."""
     return translate("/**/" + pattern.removeprefix("/").removeprefix("**/"))
 
 
@@ -153,7 +154,7 @@ def translate(pattern: str) -> str:
         elif pattern[at] == "?":
             out, at = f"{out}[^/]", at + 1
         elif pattern[at] == "[" and (end := pattern.find("]", at + 2)) > 0:
-            inside = pattern[at + 1 : end].replace("\\", r"\\")
+            inside = re.sub(r"[\\[&|~]", r"\\\g<0>", pattern[at + 1 : end])
             inside = f"^{inside[1:]}" if inside[0] == "!" else inside
             out, at = f"{out}(?!/)[{inside}]", end + 1
         else:

@@ -25,6 +25,7 @@ from mis_run import (
     rootfs,
     runtime,
     state,
+    stdio,
     supervise,
 )
 from mis_run.errors import MisError
@@ -122,10 +123,11 @@ def _launch(
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
         steps.done("rootfs")
         stack.callback(dog.farewell)  # called when the container is undone
-        config = bundle.config(plan, interior.describe(plan, run_dir.path, root, link, group))
+        streams = None if plan.tty else on(stdio.lent())
+        inside = interior.describe(plan, run_dir.path, root, link, group)
         box = on(
             runtime.create(
-                config,
+                bundle.config(plan, inside),
                 runtime=plan.runtime(),
                 run_id=run_dir.id,
                 folder=run_dir.path,
@@ -142,30 +144,17 @@ def _launch(
         supervise.come_first()
         steps.done("container")
         tracker = Tracker(settings.defcon)
+        stance = tracker.stance(enforce=enforce)
         guard = on(net.attach(group.unified, guarding.result()))
         guard.canary_pid = box.pid
         guards: dict[str, Guard] = {"net": guard}
         if box.seccomp_fd is not None:
-            guards["escape"] = on(
-                escape.attach(
-                    box.seccomp_fd,
-                    enforce=enforce,
-                    delay=tracker.delay,
-                    effects=lambda: tracker.effects,
-                )
-            )
+            guards["escape"] = on(escape.attach(box.seccomp_fd, stance))
         info = (run_dir.path / "info/canary").stat()
         policy = file_policy.build(plan, root) if plan.uses("fanotify") else None
         if policy is not None:
             guards["file"] = files = on(
-                file.attach(
-                    box.pid,
-                    policy,
-                    (info.st_dev, info.st_ino),
-                    enforce=enforce,
-                    delay=tracker.delay,
-                    effects=lambda: tracker.effects,
-                )
+                file.attach(box.pid, policy, (info.st_dev, info.st_ino), stance=stance)
             )
         counted = on(counters.attach(group.unified, settings.counters, later=True))
         steps.done("guards")
@@ -197,7 +186,6 @@ def _launch(
                 pid=box.pid,
                 watchdog=dog.pid,
                 sources=((link and link.address4) or "0.0.0.0", (link and link.address6) or "::"),
-                interface=bool(link and link.interface),
                 record=record.path,
                 place=group.place,
             )
@@ -218,9 +206,10 @@ def _launch(
         on(supervise.signals(loop, follower.signal))
         follower.on_resize = on(terminal.relay(loop, box.pty))
         dog.start(follower.unwatched, follower.dog_says)
-        run_dir.note(phase="running", pid=box.pid, **_facts(plan, record))
-        record.write(Event(kind="run.start", subject=_facts(plan, record)))
-        follower.go()
+        facts = {**report.facts(plan, record), "covered": [*inside.hidden]}
+        run_dir.note(phase="running", pid=box.pid, **facts)
+        record.write(Event(kind="run.start", subject=facts))
+        follower.go(streams)
         steps.done("agent")
         loop.until(lambda: follower.ending is not None)
         dog.pause()  # the agent is gone: undoing takes as long as it takes
@@ -229,21 +218,6 @@ def _launch(
         steps.done("followed")
         assert follower.ending is not None
         return follower.ending, follower.measurements()
-
-
-def _facts(plan: Plan, record: report.Record) -> dict[str, Any]:
-    """What the state file and the ``run.start`` event say of a run."""
-    return {
-        "began": time.time(),
-        "command": list(plan.command),
-        "profile": plan.profile.name,
-        "user": plan.user.name,
-        "workdir": str(plan.cwd),
-        "network": plan.network.mode.value,
-        "mechanisms": [m.name for m in plan.mechanisms if m.finding.ok],
-        "waived": sorted(plan.waived),
-        "record": str(record.path) if record.path else None,
-    }
 
 
 def _tell(plan: Plan, record: report.Record, facts: dict[str, Any], *, quiet: bool) -> None:

@@ -233,7 +233,7 @@ def serve_plan(
     on_change: Callable[[Resolved], None],
     on_event: Callable[[Event], None],
     *,
-    enforce: bool = True,
+    enforce: bool,
     address: str = asked.OWN,
 ) -> Iterator[None]:
     """Resolve a plan's names, and answer the agent inside ``netns``, until the context ends.

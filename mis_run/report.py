@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,6 +18,8 @@ from typing import Any, TextIO
 
 from mis_run.errors import SetupError
 from mis_run.events import Event
+from mis_run.model import Plan
+from mis_run.quoting import printable
 
 RECORDS = Path("/var/log/mis")
 KEEP = 200  # records of ended runs kept in RECORDS
@@ -60,6 +63,21 @@ class Record:
     def violations(self) -> int:
         """Acts denied or, in audit mode, allowed against the rules."""
         return sum(n for key, n in self.counts.items() if not key.endswith(" allow"))
+
+
+def facts(plan: Plan, record: Record) -> dict[str, Any]:
+    """What the state file and the ``run.start`` event say of a run."""
+    return {
+        "began": time.time(),
+        "command": list(plan.command),
+        "profile": plan.profile.name,
+        "user": plan.user.name,
+        "workdir": str(plan.cwd),
+        "network": plan.network.mode.value,
+        "mechanisms": [m.name for m in plan.mechanisms if m.finding.ok],
+        "waived": sorted(plan.waived),
+        "record": str(record.path) if record.path else None,
+    }
 
 
 @contextmanager
@@ -153,8 +171,7 @@ def summary(facts: Mapping[str, Any], record: Record) -> list[str]:
     if usage.get("pids_denied"):
         lines.append(f"process limit: {usage['pids_denied']} fork(s) refused")
     for event in record.last[-3:]:
-        # An agent's words must not write escape sequences to a terminal.
-        what = " ".join(repr(str(value))[1:-1] for value in event.subject.values())
+        what = printable(" ".join(str(value) for value in event.subject.values()))
         lines.append(f"{event.verdict}: {event.kind} {what} (rule: {event.rule or 'default'})")
     if record.violations:
         lines.append(f"{record.violations} violation(s); see: mis logs {record.run_id}")

@@ -12,8 +12,8 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,6 @@ class Known:
     pid: int
     watchdog: int
     sources: tuple[str, str]
-    interface: bool
     record: Path | None
     place: str  # of the cgroup in its hierarchies
     container: str | None = None  # an engine's, by its id (`oci.attach`)
@@ -159,34 +158,15 @@ def _supervise(
     box = Box([], path.name, known.pid, lifeline)
     stack.callback(box.close)
     box.pty = held.get("pty")
-    tracker = Tracker(settings.defcon)
-    if (level := last_level(known.record)) < tracker.level:
-        tracker.set(level)
-    delay: Callable[[], float] = tracker.delay
-    guard = on(net.adopt(plan.network, maps_of(held), known.sources, enforce=settings.enforce))
+    track = tracker(known)
+    guard = on(network(known, held, track))
     guard.canary_pid = known.pid
     guards: dict[str, Guard] = {"net": guard}
     if "seccomp" in held:
-        guards["escape"] = on(
-            escape.attach(
-                held["seccomp"],
-                enforce=settings.enforce,
-                delay=delay,
-                effects=lambda: tracker.effects,
-            )
-        )
+        stance = track.stance(enforce=settings.enforce)
+        guards["escape"] = on(escape.attach(held["seccomp"], stance))
     if known.policy is not None:
-        guards["file"] = on(
-            file.attach(
-                known.pid,
-                known.policy,
-                known.canary,
-                group=os.dup(held["fanotify"]),
-                enforce=settings.enforce,
-                delay=delay,
-                effects=lambda: tracker.effects,
-            )
-        )
+        guards["file"] = on(files(known, held, track))
     counted = on(counters.attach(group.unified, settings.counters))
     follower = Follower(
         loop=loop,
@@ -195,7 +175,7 @@ def _supervise(
         cgroup=group,
         box=box,
         guards=guards,
-        tracker=tracker,
+        tracker=track,
         counters=counted,
         denials=Denials(path / "info"),
     )
@@ -203,14 +183,17 @@ def _supervise(
     for one in guards.values():
         one.beat(box.probe)
     netns = held.get("netns")
-    if known.interface:
-        on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon))
+    on(
+        names.serve_plan(
+            plan.network, netns, guard.update, follower.emit_soon, enforce=settings.enforce
+        )
+    )
     (path / "control.sock").unlink(missing_ok=True)
     on(control.serve(loop, path / "control.sock", requests.handler(follower)))
     on(supervise.signals(loop, follower.signal))
     follower.on_resize = on(terminal.relay(loop, box.pty))
     dog.start(follower.unwatched, follower.dog_says)
-    subject = {"supervisor": os.getpid(), "level": tracker.level}
+    subject = {"supervisor": os.getpid(), "level": track.level}
     record.write(Event(kind="run.attached", subject=subject))
     print(f"mis: supervising {path.name}: {' '.join(facts.get('command', []))}", file=sys.stderr)
     follower.follow()
@@ -222,9 +205,39 @@ def _supervise(
     return follower.ending.code
 
 
-def maps_of(held: Mapping[str, int]) -> dict[str, int]:
-    """The network guard's maps among the descriptors that the watchdog held, by name."""
-    return {name.removeprefix(MAPS): fd for name, fd in held.items() if name.startswith(MAPS)}
+def tracker(known: Known) -> Tracker:
+    """DEFCON as it was: losing a supervisor resets nothing."""
+    found = Tracker(known.plan.profile.defcon)
+    if (level := _last_level(known.record)) < found.level:
+        found.set(level)
+    return found
+
+
+def network(
+    known: Known, held: Mapping[str, int], track: Tracker
+) -> AbstractContextManager[net.NetGuard]:
+    """The network guard, whose programs were attached all the time."""
+    return net.adopt(
+        known.plan.network,
+        {name.removeprefix(MAPS): fd for name, fd in held.items() if name.startswith(MAPS)},
+        known.sources,
+        enforce=known.plan.profile.enforce,
+        closed=track.effects.destinations,
+    )
+
+
+def files(
+    known: Known, held: Mapping[str, int], track: Tracker
+) -> AbstractContextManager[file.FileGuard]:
+    """The file guard, by the group that marks the container's mounts already."""
+    assert known.policy is not None
+    return file.attach(
+        known.pid,
+        known.policy,
+        known.canary,
+        group=os.dup(held["fanotify"]),
+        stance=track.stance(enforce=known.plan.profile.enforce),
+    )
 
 
 def _cgroup(run_id: str, known: Known) -> Cgroup:
@@ -235,7 +248,7 @@ def _cgroup(run_id: str, known: Known) -> Cgroup:
     return Cgroup(run_id, host.unified, host.controllers, PurePosixPath(known.place).parent)
 
 
-def last_level(path: Path | None) -> int:
+def _last_level(path: Path | None) -> int:
     """The DEFCON level that the record ends with: losing a supervisor resets nothing."""
     level = 5
     if path is not None and path.exists():

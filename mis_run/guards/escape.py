@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from mis_run.defcon import CALM, Effects
+from mis_run.defcon import ENFORCING, Stance
 from mis_run.errors import VerifyError
 from mis_run.events import Event, Guarantee, Verdict
 from mis_run.guards.escape_rules import NAMES, Judgement, judge, notify_rules
@@ -62,24 +62,14 @@ class _Waiting:
 
 
 class EscapeGuard:
-    """Answers one container's listener. ``enforce`` may be changed while it runs."""
+    """Answers one container's listener."""
 
-    def __init__(
-        self,
-        listener: int,
-        slow: Late,
-        *,
-        enforce: bool,
-        delay: Callable[[], float],
-        effects: Callable[[], Effects],
-    ) -> None:
-        self.enforce = enforce
+    def __init__(self, listener: int, slow: Late, stance: Stance) -> None:
         self.denied = 0
         self.over = False  # no process uses the filter any more
         self._listener = listener
         self._late = slow
-        self._delay = delay
-        self._effects = effects
+        self._stance = stance
         self._waiting: dict[int, _Waiting] = {}  # by thread
         self._restarts: dict[int, tuple[object, ...]] = {}  # thread → call it did not get answered
         self._told: set[tuple[int, str]] = set()  # (process, absent call)
@@ -148,7 +138,7 @@ class EscapeGuard:
                 f"(it met {abi.error(met)}; {abi.error(without)} would be an unguarded kernel)",
                 hint="mis doctor",
             )
-        if self.enforce and met != wanted:
+        if self._stance.enforce and met != wanted:
             raise VerifyError(
                 f"escape guard: {name} inside the container met {abi.error(met)}, "
                 f"not {abi.error(wanted)}",
@@ -160,20 +150,20 @@ class EscapeGuard:
     def _handle(self, found: Notification) -> Event | None:
         for cookie in found.args[3:]:
             if (error := self._canaries.pop(cookie, None)) is not None:
-                self._answer(found.id, error if self.enforce else 0)
+                self._answer(found.id, error if self._stance.enforce else 0)
                 return None
         signature = (found.number, found.arch, found.pointer, found.args)
         if self._is_restart(found, signature):
             return None
         name = abi.call(found.number, found.arch)
-        verdict = judge(name, found.args, self._effects())
+        verdict = judge(name, found.args, self._stance.effects())
         if verdict is None:
             self._answer(found.id, 0)
             return None
         event = self._event(found, verdict)
         if verdict.absent:
             self._answer(found.id, verdict.error)
-        elif not self.enforce:
+        elif not self._stance.enforce:
             self._answer(found.id, 0)
         else:
             self.denied += 1
@@ -191,16 +181,16 @@ class EscapeGuard:
                 return True
             del self._waiting[found.thread]
             return False
-        if self._restarts.pop(found.thread, None) != signature or not self.enforce:
+        if self._restarts.pop(found.thread, None) != signature or not self._stance.enforce:
             return False
-        verdict = judge(abi.call(found.number, found.arch), found.args, self._effects())
+        verdict = judge(abi.call(found.number, found.arch), found.args, self._stance.effects())
         if verdict is None:
             return False
         self._deny(_Waiting(found.id, signature, verdict.error), found.thread)
         return True
 
     def _deny(self, call: _Waiting, thread: int) -> None:
-        if delay := self._delay():
+        if delay := self._stance.delay():
             self._waiting[thread] = call
             self._late.push(time.monotonic() + delay, partial(self._due, thread, call))
         else:
@@ -240,7 +230,8 @@ class EscapeGuard:
                 self._told.clear()
             self._told.add(known)
             subject["answer"] = abi.error(verdict.error)
-        decided = None if verdict.absent else Verdict.DENY if self.enforce else Verdict.AUDIT
+        denied = Verdict.DENY if self._stance.enforce else Verdict.AUDIT
+        decided = None if verdict.absent else denied
         return Event(
             kind=verdict.kind,
             verdict=decided,
@@ -260,19 +251,10 @@ class EscapeGuard:
 
 
 @contextmanager
-def attach(
-    listener: int,
-    *,
-    enforce: bool = True,
-    delay: Callable[[], float] = lambda: 0.0,
-    effects: Callable[[], Effects] = lambda: CALM,
-) -> Iterator[EscapeGuard]:
-    """Answer ``listener`` until the context ends; denials then outstanding are given at once.
-
-    ``delay`` (seconds) and ``effects`` are asked at every denial: `defcon.Tracker` has both.
-    """
+def attach(listener: int, stance: Stance = ENFORCING) -> Iterator[EscapeGuard]:
+    """Answer ``listener`` until the context ends; denials then outstanding are given at once."""
     with late() as slow:
-        guard = EscapeGuard(listener, slow, enforce=enforce, delay=delay, effects=effects)
+        guard = EscapeGuard(listener, slow, stance)
         try:
             yield guard
         finally:

@@ -19,10 +19,10 @@ import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 
-from mis_run.defcon import CALM, Effects
+from mis_run.defcon import ENFORCING, Stance
 from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event, Guarantee, Verdict
 from mis_run.file_rules import Effect, Rule
@@ -59,7 +59,7 @@ def supported() -> dict[str, Finding]:
 
 
 class FileGuard:
-    """Answers for one container. ``enforce`` may be changed while it runs."""
+    """Answers for one container."""
 
     def __init__(
         self,
@@ -68,12 +68,8 @@ class FileGuard:
         slow: Late,
         policy: Policy,
         canary: Identity,
-        *,
-        enforce: bool,
-        delay: Callable[[], float],
-        effects: Callable[[], Effects],
+        stance: Stance,
     ) -> None:
-        self.enforce = enforce
         self.group = group
         self.canaries = 0
         """How often what we tried ourselves was seen here: the guard works."""
@@ -81,13 +77,13 @@ class FileGuard:
         self._late = slow
         self._judge = Judge(policy, canary)
         self._canary = canary
-        self._delay = delay
-        self._effects = effects
-        self._judge.effects = effects()
+        self._stance = stance
+        self._judge.effects = stance.effects()
         self._verifying = False  # there is no agent yet: whatever is opened is opened for us
         self._beating = False  # the canary, if it is opened now, is opened for us
         self._waiting: deque[Opened] = deque()
         self._more = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._says_more = False
         self._epoll = select.epoll()
         for fd in (group, slow.fileno(), self._more):
             self._epoll.register(fd, select.EPOLLIN)
@@ -118,10 +114,11 @@ class FileGuard:
             opened = self._waiting.popleft()
             if (event := self._handle(opened)) is not None:
                 events.append(event)
-        if self._waiting:
-            os.eventfd_write(self._more, 1)
-        else:
-            with suppress(BlockingIOError):  # it said nothing
+        if bool(self._waiting) != self._says_more:
+            self._says_more = not self._says_more
+            if self._says_more:
+                os.eventfd_write(self._more, 1)
+            else:
                 os.eventfd_read(self._more)
         self._late.run()
         return events
@@ -161,7 +158,7 @@ class FileGuard:
                 f"(it met {abi.error(met)})",
                 hint="mis doctor",
             )
-        if self.enforce and met != errno.EPERM:
+        if self._stance.enforce and met != errno.EPERM:
             raise VerifyError(
                 f"file guard: '{act}' inside the container met {abi.error(met)}, not EPERM",
                 hint="mis doctor",
@@ -186,7 +183,7 @@ class FileGuard:
         identity = (facts.st_dev, facts.st_ino)
         if self._verifying or (self._beating and identity == self._canary):
             self.canaries += 1
-            self._finish(opened, allow=not self.enforce)
+            self._finish(opened, allow=not self._stance.enforce)
             return None
         path = _path(opened.fd, facts)
         rule = self._judge.judge(opened, path, facts)
@@ -194,9 +191,9 @@ class FileGuard:
             self._allow(opened, path, facts)
             return None
         event = self._event(opened, path, rule)
-        if not self.enforce:
+        if not self._stance.enforce:
             self._finish(opened, allow=True)
-        elif delay := self._delay():
+        elif delay := self._stance.delay():
             self._late.push(time.monotonic() + delay, partial(self._finish, opened, allow=False))
         else:
             self._finish(opened, allow=False)
@@ -222,7 +219,7 @@ class FileGuard:
 
     def _follow_defcon(self) -> None:
         """A changed level makes what the kernel remembers of the old one void."""
-        effects = self._effects()
+        effects = self._stance.effects()
         if effects != self._judge.effects:
             self._judge.effects = effects
             fanotify.forget(self.group)
@@ -235,7 +232,7 @@ class FileGuard:
         verdict = Verdict.KILL if rule.effect is Effect.KILL else Verdict.DENY
         return Event(
             kind="exec.run" if opened.executes else "file.open",
-            verdict=verdict if self.enforce else Verdict.AUDIT,
+            verdict=verdict if self._stance.enforce else Verdict.AUDIT,
             guard=Guarantee.EXEC if opened.executes else Guarantee.FILE,
             pid=process,
             comm=comm,
@@ -257,9 +254,7 @@ def attach(
     canary: Identity,
     *,
     group: int | None = None,
-    enforce: bool = True,
-    delay: Callable[[], float] = lambda: 0.0,
-    effects: Callable[[], Effects] = lambda: CALM,
+    stance: Stance = ENFORCING,
 ) -> Iterator[FileGuard]:
     """Mark the mounts of the container whose init is ``pid`` and answer until the context ends.
 
@@ -275,16 +270,7 @@ def attach(
         marks.update()
         fanotify.forget(group)
         with late() as slow:
-            guard = FileGuard(
-                group,
-                marks,
-                slow,
-                policy,
-                canary,
-                enforce=enforce,
-                delay=delay,
-                effects=effects,
-            )
+            guard = FileGuard(group, marks, slow, policy, canary, stance)
             try:
                 yield guard
             finally:

@@ -1,24 +1,26 @@
 """The verdict on one open or exec: the plan's rules, the object's identity, DEFCON's effects.
 
-Reads the object through the descriptor that the kernel gave (`guards.file` has it); answers and
-remembers nothing but which programs were executed.
+Reads the object through the descriptor that the kernel gave (`guards.file` has it) and answers
+nothing.  Remembers which programs were executed, and what it once refused by name.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 
 from mis_run.defcon import CALM
 from mis_run.file_rules import Effect, Rule
-from mis_run.guards.file_policy import Identity, Policy, digest
-from mis_run.linux import elf
+from mis_run.guards.file_policy import Identity, Outlaw, Policy, digest
+from mis_run.linux import elf, statx
 from mis_run.linux.fanotify import Opened
 
 UNSEEN = Rule("", Effect.DENY, "defcon: not executed before in this run")
 UNNAMED = Rule("", Effect.DENY, "defcon: only what a rule names explicitly")
 DEFAULT = Rule("", Effect.DENY, "default")
 CANARY = Rule("", Effect.DENY, "deny the guard's own canary")
+MOST_REFUSED = 1 << 16  # objects; an agent that makes more of them is long dead
 
 
 class Judge:
@@ -29,16 +31,20 @@ class Judge:
         self._policy = policy
         self._canary = canary
         self._executed: set[Identity] = set()
+        self._refused: dict[Identity, Outlaw] = {}  # what came after the start, refused by its name
 
     def judge(self, opened: Opened, path: str, facts: os.stat_result) -> Rule | None:
         """The rule that forbids it, None to allow."""
         policy, identity = self._policy, (facts.st_dev, facts.st_ino)
         if identity == self._canary:
             return CANARY
-        if outlaw := policy.objects.get(identity):
-            return outlaw
+        for known in (policy.objects, self._refused):
+            if rule := _outlawed(known, identity, opened.fd):
+                return rule
         verdict = policy.opens.judge(path)
         if verdict.rule is not None and not verdict.allowed:
+            if len(self._refused) < MOST_REFUSED:
+                self._refused[identity] = Outlaw(verdict.rule, statx.birth(opened.fd))
             return verdict.rule
         if opened.executes:
             return self._program(opened, path, facts)
@@ -53,8 +59,8 @@ class Judge:
 
     def _program(self, opened: Opened, path: str, facts: os.stat_result) -> Rule | None:
         policy, identity = self._policy, (facts.st_dev, facts.st_ino)
-        if outlaw := policy.programs.get(identity):
-            return outlaw
+        if rule := _outlawed(policy.programs, identity, opened.fd):
+            return rule
         verdict = policy.execs.judge(path)
         if verdict.rule is None or not verdict.allowed:
             return verdict.rule or DEFAULT
@@ -78,8 +84,8 @@ class Judge:
         read), and for every ELF program that may not be executed.
         """
         policy = self._policy
-        if outlaw := policy.programs.get((facts.st_dev, facts.st_ino)):
-            return outlaw
+        if rule := _outlawed(policy.programs, (facts.st_dev, facts.st_ino), opened.fd):
+            return rule
         verdict = policy.execs.judge(path)
         denial = None if verdict.allowed else verdict.rule
         if denial is not None and not denial.pattern.endswith("*"):
@@ -92,3 +98,8 @@ class Judge:
         # Libraries of the system are no programs; a library that the agent made could be one.
         library = ".so" in path.rpartition("/")[2] and not policy.is_writable(path)
         return None if library or not elf.is_program(opened.fd) else denial or DEFAULT
+
+
+def _outlawed(known: Mapping[Identity, Outlaw], identity: Identity, fd: int) -> Rule | None:
+    outlaw = known.get(identity)
+    return outlaw.rule if outlaw and outlaw.is_at(fd) else None

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mis_run import masks, profiles, rootfs
 from mis_run.bundle import INFO, SHIM
 from mis_run.file_rules import Effect, Rule, Rules, compile_rules, expand, floats
+from mis_run.linux import statx
 from mis_run.model import Plan
 from mis_run.rootfs import Root
 
@@ -23,6 +25,19 @@ LOADERS = ("/lib*/ld-*.so*", "/lib*/*/ld-*.so*", "/usr/lib*/ld-*.so*", "/usr/lib
 """The dynamic loader: the kernel opens it for every program, as if it were executed itself."""
 MOST_WALKED = 1_000_000  # files looked at for floating denials; a workspace of more is refused
 Identity = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Outlaw:
+    """A denied object. ``birth`` as in `statx.birth`: who deletes it frees its number, and the next
+    file to get that is another one."""
+
+    rule: Rule
+    birth: int | None
+
+    def is_at(self, fd: int) -> bool:
+        """Whether what is open at ``fd``, with the same device and number, is this very object."""
+        return self.birth is None or statx.birth(fd) in (None, self.birth)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +50,8 @@ class Policy:
 
     opens: Rules
     execs: Rules
-    objects: Mapping[Identity, Rule] = field(default_factory=dict)
-    programs: Mapping[Identity, Rule] = field(default_factory=dict)
+    objects: Mapping[Identity, Outlaw] = field(default_factory=dict)
+    programs: Mapping[Identity, Outlaw] = field(default_factory=dict)
     sizes: Mapping[int, list[tuple[Path, Rule]]] = field(default_factory=dict)
     places: Mapping[str, bool] = field(default_factory=dict)
 
@@ -72,8 +87,10 @@ def build(plan: Plan, root: Root) -> Policy:
     """The policy of one run. Raises UsageError for a set or variable that does not exist."""
     maker = _Maker(plan, root)
     files, programs = plan.profile.files, plan.profile.exec
-    places = dict.fromkeys((*rootfs.FRESH, "/dev/shm", *_home(plan), str(plan.cwd)), True)
-    places |= {str(bind.target): not bind.readonly for bind in plan.binds}
+    places = dict.fromkeys((*rootfs.FRESH, "/dev/shm", *_home(plan)), True)
+    if plan.image:
+        places[""] = True  # who owns what in an image is its maker's choice
+    places |= {target: not bind.readonly for target, bind in plan.shared().items()}
     named = [f"{bind.target}/**" for bind in plan.binds] + [str(b.target) for b in plan.binds]
     # What stands empty in place of something hidden has only what the agent put there.
     emptied = [f"{path}/**" for path, folder in root.emptied.items() if folder]
@@ -103,7 +120,10 @@ def build(plan: Plan, root: Root) -> Policy:
         opens=opens,
         execs=compile_rules(execs),
         objects=dict(maker.objects(denied, opens)),
-        programs={(info.st_dev, info.st_ino): outlaws[path] for path, info in facts.items()},
+        programs={
+            (info.st_dev, info.st_ino): Outlaw(outlaws[path], _birth(str(maker.on_host(path))))
+            for path, info in facts.items()
+        },
         sizes=sizes,
         places=places,
     )
@@ -121,7 +141,7 @@ class _Maker:
         self._root = str(root.path)
         self._path = dict(plan.env).get("PATH", "").split(":")
         # Longest first: where a path of the container lies on the host.
-        binds = {str(plan.cwd): str(plan.cwd)} | {str(b.target): str(b.source) for b in plan.binds}
+        binds = {target: str(bind.source) for target, bind in plan.shared().items()}
         self._binds = dict(sorted(binds.items(), key=lambda item: -len(item[0])))
         self._known: dict[str, str] = {}
 
@@ -167,7 +187,7 @@ class _Maker:
         """What exists of anchored patterns, links followed."""
         return sorted({path for pattern in patterns for path in masks.find(self._root, pattern)})
 
-    def objects(self, denied: Iterable[Rule], opens: Rules) -> Iterator[tuple[Identity, Rule]]:
+    def objects(self, denied: Iterable[Rule], opens: Rules) -> Iterator[tuple[Identity, Outlaw]]:
         """The files that exist under a denial in what the agent shares with the host.
 
         Elsewhere the throw-away layer has nothing of theirs: they are hidden there.
@@ -218,7 +238,7 @@ class _Maker:
         return f"{self._resolve(pattern[:-3])}/**" if pattern.endswith("/**") else pattern
 
 
-def _denied_below(source: str, target: str, opens: Rules) -> Iterator[tuple[Identity, Rule]]:
+def _denied_below(source: str, target: str, opens: Rules) -> Iterator[tuple[Identity, Outlaw]]:
     """Every file at or below ``source``, which the agent sees as ``target``, that a rule denies."""
     from mis_run.errors import SetupError
 
@@ -236,7 +256,14 @@ def _denied_below(source: str, target: str, opens: Rules) -> Iterator[tuple[Iden
                 info = os.lstat(path)
             except FileNotFoundError:  # gone since
                 continue
-            yield (info.st_dev, info.st_ino), rule
+            yield (info.st_dev, info.st_ino), Outlaw(rule, _birth(path))
+
+
+def _birth(path: str) -> int | None:
+    """None, which is never taken for another object, where it cannot be told."""
+    with suppress(OSError):
+        return statx.birth(path)
+    return None
 
 
 def _files(path: str) -> Iterator[str]:

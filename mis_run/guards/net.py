@@ -86,12 +86,13 @@ class NetGuard:
         enforce: bool,
         maps: Mapping[str, int] | None = None,
         sources: tuple[str, str] = ("0.0.0.0", "::"),
+        closed: bool = False,
     ) -> None:
         self._plan = plan
         self._parsed = [rules.parse(text) for text in plan.allow]
         self._listen = [rule for text in plan.listen for rule in rules.parse_listen(text)]
         self._enforce = enforce
-        self._level = 5
+        self._closed = closed
         self._configuring = threading.Lock()
         self._sources = sources
         self._object = None if maps else libbpf.Object(built("net.bpf.o"))
@@ -138,7 +139,7 @@ class NetGuard:
 
     def close_new(self, closed: bool) -> None:
         """DEFCON: whether only destinations that were used before are still allowed."""
-        self._level = 3 if closed else 5
+        self._closed = closed
         self._configure()
 
     def _install_listen(self) -> None:
@@ -150,7 +151,10 @@ class NetGuard:
     def _configure(self) -> None:
         with self._configuring:  # names come from their own thread, DEFCON from the loop
             settings = net_layout.settings(
-                self._sources, enforce=self._enforce, level=self._level, texts=len(self._texts)
+                self._sources,
+                enforce=self._enforce,
+                level=3 if self._closed else 5,
+                texts=len(self._texts),
             )
             self._maps["settings"].update(bytes(4), settings)
 
@@ -305,13 +309,19 @@ def load(plan: NetPlan, *, enforce: bool) -> NetGuard:
 
 @contextmanager
 def adopt(
-    plan: NetPlan, maps: Mapping[str, int], sources: tuple[str, str], *, enforce: bool
+    plan: NetPlan,
+    maps: Mapping[str, int],
+    sources: tuple[str, str],
+    *,
+    enforce: bool,
+    closed: bool,
 ) -> Iterator[NetGuard]:
     """The guard of a run whose supervisor is gone, by the descriptors of its maps.
 
-    The programs stay attached as they are; ``sources`` are the agent's addresses.
+    The programs stay attached as they are; ``sources`` are the agent's addresses, ``closed`` is as
+    for `NetGuard.close_new`.
     """
-    guard = NetGuard(plan, enforce=enforce, maps=maps, sources=sources)
+    guard = NetGuard(plan, enforce=enforce, maps=maps, sources=sources, closed=closed)
     try:
         yield guard
     finally:

@@ -17,10 +17,9 @@ from typing import Any
 
 from mis_run import control, liveness, names, report, requests, resume, state, supervise
 from mis_run.briefing import Denials
-from mis_run.defcon import Tracker
 from mis_run.errors import SetupError
 from mis_run.events import Event
-from mis_run.guards import counters, file, net
+from mis_run.guards import counters, net
 from mis_run.guards.file_policy import Policy
 from mis_run.liveness import Watchdog
 from mis_run.model import Plan
@@ -52,7 +51,6 @@ def offer(
         pid=watcher.box.pid,
         watchdog=dog.pid,
         sources=("0.0.0.0", "::"),
-        interface=netns is not None,
         record=watcher.record.path,
         place=watcher.cgroup.place,
         container=str(state.facts(run_dir.path)["container"]),
@@ -86,24 +84,9 @@ def run(
     dog = on(liveness.adopt(loop, settings.liveness, known.watchdog, beats))
     box = on(container.box_of(known.pid))
     group = container.cgroup_of(known.pid, plan.host)
-    tracker = Tracker(settings.defcon)
-    if (level := resume.last_level(known.record)) < tracker.level:
-        tracker.set(level)
-    maps = resume.maps_of(held)
-    guard = on(net.adopt(plan.network, maps, known.sources, enforce=settings.enforce))
-    files = None
-    if known.policy is not None:
-        files = on(
-            file.attach(
-                known.pid,
-                known.policy,
-                known.canary,
-                group=os.dup(held["fanotify"]),
-                enforce=settings.enforce,
-                delay=tracker.delay,
-                effects=lambda: tracker.effects,
-            )
-        )
+    tracker = resume.tracker(known)
+    guard = on(resume.network(known, held, tracker))
+    files = on(resume.files(known, held, tracker)) if known.policy is not None else None
     watcher = Watcher(
         loop=loop,
         plan=plan,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mis_run import bundle, masks
+from mis_run import bundle, host_sockets, masks
 from mis_run.model import Limits, NetMode, Plan
 from mis_run.oci import seccomp_merge
 from mis_run.oci.spec import Spec
@@ -51,8 +51,8 @@ def apply(spec: Spec, plan: Plan, inside: Inside) -> dict[str, Any]:
     mounts = list(data.get("mounts") or [])
     if inside.resolv_conf is not None:
         mounts = [mount for mount in mounts if mount.get("destination") != RESOLV_CONF]
-        mounts.append(_bind(inside.resolv_conf, RESOLV_CONF, "ro"))
-    mounts.append(_bind(inside.info, bundle.INFO, "ro"))
+        mounts.append(bundle.bound(inside.resolv_conf, RESOLV_CONF, "ro", "rprivate"))
+    mounts.append(bundle.bound(inside.info, bundle.INFO, "ro", "rprivate"))
     pins, readonly = _protected(plan, mounts)
     data["mounts"] = [*mounts, *pins]
     if data.get("hooks"):
@@ -127,13 +127,16 @@ def _lower(given: object, ours: int) -> int:
 
 
 def _hidden(spec: Spec, plan: Plan) -> list[str]:
-    """What the profile's ``files.deny`` names and is there, in the image and in its volumes."""
+    """What the profile's ``files.deny`` names and is there, in the image and in its volumes; and
+    sockets of the host's services in volumes."""
     found = {*masks.find_all(str(spec.root), plan.masked)}
+    volumes: dict[str, str] = {}
     for mount in spec.at("mounts", []):
         source, target = mount.get("source"), mount.get("destination")
         if _is_bind(mount) and isinstance(source, str) and isinstance(target, str):
             found |= {*masks.inside(source, target, plan.masked)}
-    return sorted(found)
+            volumes[target] = source
+    return sorted(found | {*host_sockets.inside(volumes)} - volumes.keys())
 
 
 def _protected(plan: Plan, mounts: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -160,17 +163,15 @@ def _protected(plan: Plan, mounts: list[dict[str, Any]]) -> tuple[list[dict[str,
             continue  # a link would lead the mount elsewhere
         for parent in above[: above.index(volume)]:
             pins.setdefault(
-                parent, _bind(volumes[volume] + parent.removeprefix(volume), parent, "rw")
+                parent,
+                bundle.bound(
+                    volumes[volume] + parent.removeprefix(volume), parent, "rw", "rprivate"
+                ),
             )
-        pins[path] = _bind(source, path, "ro")
+        pins[path] = bundle.bound(source, path, "ro", "rprivate")
     ordered = sorted(pins.values(), key=lambda mount: mount["destination"].count("/"))
     return ordered, [path for path in plan.protected if "*" not in path]
 
 
 def _is_bind(mount: Mapping[str, Any]) -> bool:
     return mount.get("type") == "bind" or bool({"bind", "rbind"} & {*(mount.get("options") or [])})
-
-
-def _bind(source: Path | str, target: str, mode: str) -> dict[str, Any]:
-    options = ["rbind", "rprivate", mode, "nosuid", "nodev"]
-    return {"destination": target, "type": "bind", "source": str(source), "options": options}

@@ -29,6 +29,7 @@ from mis_run.model import (
 from mis_run.oci.operator import Operator
 from mis_run.oci.order import Order
 from mis_run.oci.spec import Spec
+from mis_run.plan import need, possible
 
 ENGINES_RESOLVER = "127.0.0.11"
 """Docker's own DNS server inside user-defined networks: asking it anything is a way out."""
@@ -77,7 +78,7 @@ def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str
     cwd = Path(str(spec.at("process.cwd", "/")))
     home = variables.get("HOME", "/root")
     facts = {"HOME": home, "WORKSPACE": str(cwd)}
-    profile = _for_an_image(profile)
+    profile = profiles.for_an_image(profile)
     user = spec.at("process.user", {})
     return Plan(
         name=name,
@@ -96,22 +97,7 @@ def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str
         limits=_limits(profile.limits, host),
         host=host,
         waived=operator.waived - operator.minimum,
-    )
-
-
-def _for_an_image(profile: Profile) -> Profile:
-    """The named sets as they mean an image: the system is all of it, and the host's secrets are
-    not in it (its /root and /var/log are its own)."""
-
-    def widened(entries: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple("/**" if entry == "@system" else entry for entry in entries)
-
-    files, programs = profile.files, profile.exec
-    denied = tuple(entry for entry in files.deny if entry != "@secrets")
-    return replace(
-        profile,
-        files=replace(files, read=widened(files.read), write=widened(files.write), deny=denied),
-        exec=replace(programs, allow=widened(programs.allow)),
+        workspace=False,  # one of the binds, or not the host's at all
     )
 
 
@@ -172,10 +158,8 @@ def _network(profile: Profile, spec: Spec, host: Host) -> NetPlan:
 
 
 def _limits(limits: Limits, host: Host) -> Limits:
-    if limits.cpus is not None and limits.cpus >= host.cpus:
-        limits = replace(limits, cpus=None)  # no limit; the kernel would refuse or ignore it
-    # What follows is the engine's storage driver's business.
-    return replace(limits, io_read=None, io_write=None, scratch=None)
+    # Input, output and space are the business of the engine's storage driver.
+    return replace(possible(limits, host), io_read=None, io_write=None, scratch=None)
 
 
 def _mechanisms(profile: Profile, host: Host) -> list[Mechanism]:
@@ -196,12 +180,7 @@ def _mechanisms(profile: Profile, host: Host) -> list[Mechanism]:
 
 def check(plan: Plan, *, by_hook: bool = False) -> None:
     """Raise MissingGuarantee unless this host gives every basic and every required guarantee."""
-    for name in HOOK_BASICS if by_hook else BASICS:
-        finding = plan.host.mechanisms[name]
-        if not finding.ok:
-            raise MissingGuarantee(
-                f"cannot guard a container here: {finding.detail}", hint=finding.fix
-            )
+    need(plan.host, HOOK_BASICS if by_hook else BASICS, "guard a container")
     for mechanism in plan.mechanisms:
         if not mechanism.finding.ok and mechanism.guarantee in plan.profile.require:
             raise MissingGuarantee(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -71,8 +70,8 @@ class Watcher(Follower):
         self.on_listener: Callable[[int], None] = lambda number: None
         self.on_listener_gone: Callable[[int], None] = lambda number: None
 
-    def go(self) -> None:
-        """The engine starts it whenever it wants."""
+    def go(self, streams: tuple[int, int, int] | None = None) -> None:
+        """The engine starts it whenever it wants, with streams of its own."""
         self.loop.remove(self.box.fileno())
         self._begin()
 
@@ -108,12 +107,7 @@ class Watcher(Follower):
         stack = ExitStack()
         stack.callback(os.close, listener)
         guard = stack.enter_context(
-            escape.attach(
-                listener,
-                enforce=self.plan.profile.enforce,
-                delay=self.tracker.delay,
-                effects=lambda: self.tracker.effects,
-            )
+            escape.attach(listener, self.tracker.stance(enforce=self.plan.profile.enforce))
         )
         number = guard.fileno()
         self.guards = {**self.guards, f"escape-{number}": guard}
@@ -196,9 +190,7 @@ def _guarded(
                     pid,
                     policy,
                     (info.st_dev, info.st_ino),
-                    enforce=enforce,
-                    delay=tracker.delay,
-                    effects=lambda: tracker.effects,
+                    stance=tracker.stance(enforce=enforce),
                 )
             )
         counted = on(counters.attach(group.unified, settings.counters, later=True))
@@ -255,7 +247,7 @@ def _guarded(
         )
         on(control.serve(loop, run_dir.path / "control.sock", requests.handler(watcher)))
         dog.start(watcher.unwatched, watcher.dog_says)
-        subject = _facts(order, plan, record)
+        subject = {"container": order.container, **report.facts(plan, record)}
         run_dir.note(phase="running", **subject)
         record.write(Event(kind="run.start", subject=subject))
         watcher.go()
@@ -273,19 +265,3 @@ def _network(order: Order) -> NetPlan:
     """The network rules, which need nothing of the machine but its addresses."""
     here = replace(planning.SKETCH, addresses=network.host_addresses())
     return planning.of(order, here).network
-
-
-def _facts(order: Order, plan: Plan, record: report.Record) -> dict[str, Any]:
-    """What the state file and the ``run.start`` event say of a container."""
-    return {
-        "container": order.container,
-        "began": time.time(),
-        "command": list(plan.command),
-        "profile": plan.profile.name,
-        "user": plan.user.name,
-        "workdir": str(plan.cwd),
-        "network": plan.network.mode.value,
-        "mechanisms": [m.name for m in plan.mechanisms if m.finding.ok],
-        "waived": sorted(plan.waived),
-        "record": str(record.path) if record.path else None,
-    }

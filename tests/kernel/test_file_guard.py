@@ -22,13 +22,14 @@ from typing import Any
 
 import pytest
 
-from mis_run.defcon import CALM, Effects
+from mis_run.defcon import CALM, Effects, Stance
 from mis_run.errors import VerifyError
 from mis_run.events import Event, Verdict
 from mis_run.file_rules import Effect, Rule, compile_rules
 from mis_run.guards import file, marks
-from mis_run.guards.file_policy import Policy
-from mis_run.linux import fanotify, libc
+from mis_run.guards.file_judge import Judge
+from mis_run.guards.file_policy import Outlaw, Policy
+from mis_run.linux import fanotify, libc, statx
 
 pytestmark = pytest.mark.root
 Talk = Callable[[str, str], Any]
@@ -71,6 +72,8 @@ class Child:
                 return self._execute(path)
             elif act == "link":
                 os.link(f"{self.box}/secret", path)
+            elif act == "rename":
+                os.rename(f"{self.box}/secret", path)
             elif act == "write":
                 Path(path).write_text("changed")
             elif act == "spin":
@@ -150,7 +153,7 @@ def test_allowed_and_denied(child: Child) -> None:
         assert event.subject["path"] == f"{child.box}/secret" and event.pid == child.pid
     child.talk.send(b"open secret")
     assert child.talk.recv(10) == b"0"
-    with guarding(child, policy(child.box), enforce=False) as guard:
+    with guarding(child, policy(child.box), stance=Stance(enforce=False)) as guard:
         met, (event,) = act(guard, child, "open secret")
         assert (met, event.verdict) == (0, Verdict.AUDIT)
 
@@ -174,7 +177,7 @@ def test_an_allowed_object_is_remembered_until_it_changes(
         fanotify, "answer", lambda g, fd, *, allow: (asked.append(allow), real(g, fd, allow=allow))
     )
     levels = [CALM]
-    with guarding(child, policy(child.box), effects=lambda: levels[0]) as guard:
+    with guarding(child, policy(child.box), stance=Stance(effects=lambda: levels[0])) as guard:
         act(guard, child, "spin open")
         assert asked == [True]
         act(guard, child, "write open")
@@ -192,13 +195,43 @@ def test_an_allowed_object_is_remembered_until_it_changes(
 def test_a_denied_object_by_another_name(child: Child) -> None:
     """A hard link in an allowed place is the same object, where that is known; a control without
     that knowledge opens."""
-    info = os.stat(f"/proc/{child.pid}/root{child.box}/secret")
-    objects = {(info.st_dev, info.st_ino): Rule("", Effect.DENY, "deny secret")}
+    path = f"/proc/{child.pid}/root{child.box}/secret"
+    info = os.stat(path)
+    known = Outlaw(Rule("", Effect.DENY, "deny secret"), statx.birth(path))
     with guarding(child, policy(child.box)) as guard:
         assert act(guard, child, "link other")[0] == 0
         assert act(guard, child, "open other") == (0, [])
+    objects = {(info.st_dev, info.st_ino): known}
     with guarding(child, policy(child.box, objects=objects)) as guard:
         assert act(guard, child, "open other")[0] == errno.EPERM
+
+
+def test_a_file_refused_by_its_name_once(child: Child) -> None:
+    """It stays refused whatever it is called afterwards; renamed unseen, the control, it opens."""
+    with guarding(child, policy(child.box)) as guard:
+        assert act(guard, child, "open secret")[0] == errno.EPERM
+        assert act(guard, child, "rename other")[0] == 0
+        met, (event,) = act(guard, child, "open other")
+        assert (met, event.rule) == (errno.EPERM, "deny secret")
+    with guarding(child, policy(child.box)) as guard:
+        assert act(guard, child, "open other") == (0, [])
+
+
+def test_the_number_of_a_deleted_file_denies_nothing(tmp_path: Path) -> None:
+    """A new file with the device and inode of a denied one that is gone is another object."""
+    file = tmp_path / "file"
+    file.write_text("x")
+    born, info = statx.birth(str(file)), file.stat()
+    if born is None:
+        pytest.skip("this file system does not keep when a file was made")
+    rule = Rule("", Effect.DENY, "deny secret")
+    allowed = compile_rules([Rule(f"{tmp_path}/**", Effect.ALLOW, "box")])
+    for birth, verdict in ((born, rule), (None, rule), (born - 1, None)):
+        objects = {(info.st_dev, info.st_ino): Outlaw(rule, birth)}
+        judge = Judge(Policy(allowed, allowed, objects), (0, 0))
+        with file.open() as one:
+            opened = fanotify.Opened(one.fileno(), False, 0)
+            assert judge.judge(opened, str(file), info) is verdict
 
 
 def test_programs(child: Child) -> None:
@@ -218,7 +251,7 @@ def test_programs(child: Child) -> None:
         met, (event,) = act(guard, child, "exec tool")
         assert met == errno.EPERM and "another content" in event.rule
     raised = Effects(binaries=True)
-    with guarding(child, only(""), effects=lambda: raised) as guard:
+    with guarding(child, only(""), stance=Stance(effects=lambda: raised)) as guard:
         met, (event,) = act(guard, child, "exec tool")
         assert met == errno.EPERM and event.rule.startswith("defcon")
 
@@ -226,7 +259,7 @@ def test_programs(child: Child) -> None:
 @pytest.mark.parametrize("delay", [0.001, 0.01])
 def test_denials_are_late(child: Child, delay: float) -> None:
     """A denial is answered late by what DEFCON says; noise of the machine only adds."""
-    with guarding(child, policy(child.box), delay=lambda: delay) as guard:
+    with guarding(child, policy(child.box), stance=Stance(delay=lambda: delay)) as guard:
         times = []
         for _ in range(30):
             began = time.perf_counter()
@@ -258,7 +291,7 @@ def test_an_open_waits_while_a_copy_is_held(child: Child) -> None:
 
 def test_a_killed_caller_needs_no_answer(child: Child) -> None:
     """A process that dies while it waits for a verdict is gone at once, and the guard goes on."""
-    with guarding(child, policy(child.box), delay=lambda: 5.0) as guard:
+    with guarding(child, policy(child.box), stance=Stance(delay=lambda: 5.0)) as guard:
         child.talk.send(b"open secret")
         poll = select.poll()
         poll.register(guard.fileno(), select.POLLIN)

@@ -22,7 +22,7 @@ from filters import ALLOW, attempt, caged, compiled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mis_run.defcon import Effects, Tracker
+from mis_run.defcon import Effects, Stance, Tracker
 from mis_run.errors import VerifyError
 from mis_run.events import Event, Verdict
 from mis_run.guards import escape, escape_rules
@@ -108,7 +108,7 @@ def test_audit_lets_calls_run_and_tells_them() -> None:
         reports,
         _,
     ):
-        with escape.attach(listener, enforce=False) as guard:
+        with escape.attach(listener, Stance(enforce=False)) as guard:
             events = serve(guard, reports)
         assert errors(reports.recv(4096)) == [0, errno.ENOSYS]
     assert [(e.kind, e.verdict) for e in events] == [
@@ -124,7 +124,7 @@ def test_memory_is_denied_from_the_level_on() -> None:
     calls = tries(("mmap", *mapping), ("mmap", 0, 4096, 5, 0x22, -1, 0))
     for now, wanted in ((Effects(), 0), (Effects(wx_memory=True), errno.EACCES)):
         with caged(PROGRAM, calls) as (listener, reports, _):
-            with escape.attach(listener, effects=lambda now=now: now) as guard:
+            with escape.attach(listener, Stance(effects=lambda now=now: now)) as guard:
                 events = serve(guard, reports)
             assert errors(reports.recv(64)) == [wanted, 0]
             assert len(events) == (1 if wanted else 0)
@@ -198,7 +198,7 @@ def test_denials_are_late_by_what_defcon_says(
     def medians(wait: float) -> tuple[float, float]:
         times.clear()
         with caged(PROGRAM, act) as (listener, reports, _):
-            with escape.attach(listener, delay=lambda: wait) as guard:
+            with escape.attach(listener, Stance(delay=lambda: wait)) as guard:
                 serve(guard, reports)
             theirs = struct.unpack("=40d", reports.recv(4096))
         return statistics.median(times), statistics.median(theirs)
@@ -241,7 +241,7 @@ def test_slowness_is_the_callers_alone() -> None:
         peer.send(struct.pack("=2d", quick, time.monotonic() - began))
 
     with caged(PROGRAM, slow) as (listener, reports, _):
-        with escape.attach(listener, delay=lambda: 0.2) as guard:
+        with escape.attach(listener, Stance(delay=lambda: 0.2)) as guard:
             events = serve(guard, reports)
         quick, every = struct.unpack("=2d", reports.recv(64))
     assert len(events) == waiting
@@ -272,7 +272,7 @@ def test_an_interrupted_call_is_one_violation() -> None:
         peer.send(struct.pack("=2d", met, took))
 
     with caged(PROGRAM, act) as (listener, reports, _):
-        with escape.attach(listener, delay=lambda: 0.3) as guard:
+        with escape.attach(listener, Stance(delay=lambda: 0.3)) as guard:
             events = serve(guard, reports)
         met, took = struct.unpack("=2d", reports.recv(64))
     assert len(events) == 1
@@ -319,7 +319,7 @@ def test_twenty_denials_reach_defcon_1(way: str) -> None:
     tracker = Tracker(Defcon(delays=(0, 0, 0)))
     with (
         caged(PROGRAM, violate(way, 20)) as (listener, reports, _),
-        escape.attach(listener, delay=tracker.delay) as guard,
+        escape.attach(listener, Stance(delay=tracker.delay)) as guard,
     ):
         changes = [tracker.violation(event) for event in serve(guard, reports)]
     seen = [(c.event.subject["violations"], c.level) for c in changes if c]
@@ -345,7 +345,7 @@ def test_thresholds_are_exact_under_sixteen_concurrent_violators() -> None:
 
     with (
         caged(PROGRAM, act) as (listener, reports, _),
-        escape.attach(listener, delay=tracker.delay) as guard,
+        escape.attach(listener, Stance(delay=tracker.delay)) as guard,
     ):
         events = serve(guard, reports)
     assert len(events) == 80

@@ -502,10 +502,13 @@ def test_host_sockets_cannot_be_reached(workspace: Path, on_root: Path) -> None:
         done = run("/usr/bin/python3", "-c", connect.format(path), cwd=workspace)
         assert done.returncode == 1
         assert "refused" in done.stderr  # an overlay's inode is not the one that was bound
-        # Negative control: a bind of the folder makes the same connection work.
-        python(
-            connect.format("/srv/service.sock"), workspace, binds=[(str(on_root), "/srv", False)]
-        )
+        # Nor through a bind of its folder; negative control: a bind of the socket itself.
+        inner = connect.format("/srv/service.sock")
+        shared = [(str(on_root), "/srv", False)]
+        done = run("/usr/bin/python3", "-c", inner, cwd=workspace, binds=shared)
+        assert done.returncode == 1
+        assert "refused" in done.stderr
+        python(inner, workspace, binds=[*shared, (path, "/srv/service.sock", False)])
 
 
 def test_separate_file_systems(workspace: Path, on_root: Path) -> None:
@@ -541,6 +544,33 @@ def test_separate_file_systems(workspace: Path, on_root: Path) -> None:
         assert sorted(os.listdir(elsewhere)) == ["keys", "token", "tool"]
     finally:
         shutil.rmtree(place)
+
+
+@pytest.mark.parametrize(("readonly", "written"), [(True, []), (False, ["new"])])
+def test_mounts_below_a_bind(
+    readonly: bool, written: list[str], workspace: Path, tmp_path: Path
+) -> None:
+    """What is mounted below a read-only bind is read-only too, and never set-user-ID; writable
+    binds are the control."""
+    for name in ("shared", "inner"):
+        (tmp_path / name).mkdir()
+    nested = tmp_path / "shared" / "nested"
+    nested.mkdir()
+    script = (
+        "grep -c ' /shared/nested .*nosuid,nodev' /proc/self/mountinfo; touch /shared/nested/new"
+    )
+    bind = [(str(tmp_path / "shared"), "/shared", readonly)]
+    command = argv("sh", "-c", script, cwd=workspace, uid=0, binds=bind)
+    mount = f'mount --bind {tmp_path}/inner {nested}; exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-ec", mount, "sh", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "1\n", done.stderr
+    assert ("Read-only file system" in done.stderr) == readonly
+    assert os.listdir(tmp_path / "inner") == written
 
 
 def test_other_rootfs(workspace: Path, tmp_path: Path) -> None:

@@ -55,6 +55,17 @@ sys.exit(7)
 """
 
 
+LATER = """
+import os, socket, sys, time
+while not os.path.exists("stop"):
+    print("waiting", flush=True)
+    time.sleep(0.1)
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+    print(udp.connect_ex(("192.0.2.7", 9)), flush=True)
+sys.exit(7)
+"""
+
+
 @pytest.fixture
 def workspace(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "workspace"
@@ -162,6 +173,27 @@ def test_a_second_supervisor_can_be_lost_too(workspace: Path) -> None:
     (workspace / "stop").touch()
     assert second.wait(20) == 7
     assert snapshot() == before
+
+
+@pytest.mark.parametrize(("level", "met"), [(5, "0"), (3, "1")])
+def test_the_network_keeps_its_level(level: int, met: str, workspace: Path) -> None:
+    """At DEFCON 3 a destination never used is denied, by a second supervisor too; at 5 it is not.
+
+    A connected UDP socket has sent nothing yet.
+    """
+    (workspace / "loop.py").write_text(LATER)
+    with (workspace.parent / "open.toml").open("a") as profile:
+        profile.write('[network]\nallow = ["192.0.2.7:9/udp"]\n')
+    agent = begin(workspace, "levels")
+    mis("defcon", "levels", str(level))
+    wait_for(lambda: level == 5 or records(workspace, "defcon.change"))
+    agent.kill()
+    agent.wait(10)
+    again = subprocess.Popen([*MIS, "attach", "levels"], stderr=subprocess.DEVNULL)
+    wait_for(lambda: records(workspace, "run.attached"))
+    (workspace / "stop").touch()
+    assert again.wait(20) == 7
+    assert lines(workspace)[-1] == [met]
 
 
 def test_what_cannot_be_attached(workspace: Path) -> None:

@@ -116,7 +116,7 @@ def test_configuration_is_json() -> None:
 def test_outer_mounts_come_first() -> None:
     """A bind inside another is mounted after it, in whatever order they were written."""
     binds = (Bind(Path("/a"), Path("/srv/x/y")), Bind(Path("/b"), Path("/srv")))
-    inside = replace(INSIDE, hidden=[("/home/u/project/.env", False)])
+    inside = replace(INSIDE, hidden={"/home/u/project/.env": False})
     order = targets(replace(PLAN, binds=binds), inside)
     for outer, inner in (
         ("/srv", "/srv/x/y"),
@@ -128,7 +128,7 @@ def test_outer_mounts_come_first() -> None:
 
 def test_no_mount_keeps_devices_or_setuid() -> None:
     """Everything that is bound in is nosuid and nodev; /dev alone may hold devices."""
-    inside = replace(INSIDE, hidden=[("/home/u/project/k", True)])
+    inside = replace(INSIDE, hidden={"/home/u/project/k": True})
     for mount in bundle.mounts(replace(PLAN, protected=("/home/u/project/x",)), inside):
         assert "nosuid" in mount["options"]
         assert "nodev" in mount["options"] or mount["destination"] in ("/dev", "/dev/pts")
@@ -312,8 +312,19 @@ def test_hidden_and_protected_paths_of_a_plan(tree: Path) -> None:
         masked=(f"{work}/.ssh", "/srv/shadow", "/etc/shadow"),
         protected=(f"{work}/.ssh", f"{work}/link", f"{work}/missing", "/elsewhere", str(work)),
     )
-    assert rootfs.hidden(plan) == [("/srv/shadow", False)]
+    assert rootfs.hidden(plan) == {"/srv/shadow": False}
     assert rootfs.protected(plan) == [f"{work}/.ssh"]
+
+
+def test_nothing_is_made_below_another_bind(tree: Path) -> None:
+    """A denied file that another bind covers is not there to be covered: the runtime would make an
+    empty file for the mount, on the host."""
+    work = tree / "home" / "u"
+    inner = work / ".ssh"
+    file = next(path for path in sorted(inner.iterdir()) if path.is_file())
+    plan = replace(PLAN, cwd=work, masked=(str(file),))
+    assert rootfs.hidden(plan) == {str(file): False}
+    assert rootfs.hidden(replace(plan, binds=(Bind(tree / "etc", inner),))) == {}
 
 
 @pytest.mark.parametrize("home", ["/", "", "/usr/sbin", "/nonexistent", "/bin/", "relative"])
