@@ -106,6 +106,8 @@ def mount(plan: Plan, folder: Path, etc: Mapping[str, str]) -> Iterator[Root]:
             if source.is_dir():
                 work = upper.with_name(f"{upper.name}.work")
                 data = f"lowerdir={_escape(source)},upperdir={upper},workdir={work}"
+                if plan.uses("bpf-lsm"):  # its rules are on inodes: no two with one number
+                    data += ",xino=on"
                 _mount(str(source), "overlay", target, QUIET, data, kind="overlay")
             else:  # one file bound from elsewhere, as container engines do for drivers
                 _mount(str(source), str(source), target, libc.MS_BIND)

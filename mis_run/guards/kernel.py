@@ -1,7 +1,7 @@
 """The kernel plane of one run: the plan's policy on the container's inodes, until that is gone.
 
-``prepare`` (before we leave the host's mounts) → ``reserve`` → `Reserved.attach`, once the container
-exists.  The reservation is what ends, and it must end after the container: so it is made before.
+``prepare`` (before we leave the host's mounts) → ``reserve`` → `Reserved.attach`, once the
+container exists.  The reservation is what ends, after the container: so it is made before it.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ class Reserved:
         lines = lsm_lines.make(policy, f"/proc/{pid}/root", str(plan.cwd), shared)
         root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            rules = lsm_policy.compile(
-                lines, root, lsm_policy.devices(pid), lsm_policy.points(pid)
-            )
+            rules = lsm_policy.compile(lines, root, lsm_policy.devices(pid), lsm_policy.points(pid))
         finally:
             os.close(root)
         profile = plan.profile

@@ -120,7 +120,7 @@ class LsmGuard:
         self._plane.states.update(self._key, STATE.pack(0, count, time.monotonic_ns(), *rest))
 
     def arm(self, deadline: float) -> None:
-        """From now on the agent may not act for longer than ``deadline`` seconds without `renew`."""
+        """From now on the agent may act for ``deadline`` seconds without `renew`, no longer."""
         self._deadline = deadline
         self.renew()
 

@@ -2,7 +2,7 @@
 
 The kernel has no patterns, so a pattern becomes the paths that it names now, each with the verdict
 of `file_rules` on what lies there.  What only a name can tell (a file that will be made and then
-match ``*.pem``, a program's content) is left to the file guard, which judges after the kernel plane:
+match ``*.pem``, a program's content) is left to the file guard, which judges after the plane:
 here such a pattern allows all of the folder that it begins in, and never denies less.
 
 A rule that lets something be opened gives every right but execution: what may be changed is decided

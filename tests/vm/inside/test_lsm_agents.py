@@ -156,7 +156,9 @@ def test_two_agents(tree: Any, agent: Path, cgroups: Callable[[], Path]) -> None
     inner = agent / "inner"
     inner.mkdir()
     generous = tree.policy(defcon=CALM)
-    rules = {place: entry for place, entry in generous.rules.entries.items() if entry.deny != Right.ALL}
+    rules = {
+        place: entry for place, entry in generous.rules.entries.items() if entry.deny != Right.ALL
+    }
     lax = lsm.LsmPolicy(rules=lsm.Compiled(rules, generous.rules.texts), defcon=CALM)
     path = read(tree.hidden / "file")
     with (
@@ -247,7 +249,9 @@ def test_a_fatal_rule(tree: Any, agent: Path) -> None:
     """The denial of a rule marked fatal is DEFCON 1, and the end."""
     policy = tree.policy()
     rules = {
-        place: replace(entry, flags=entry.flags | RuleFlag.FATAL) if entry.deny == Right.ALL else entry
+        place: replace(entry, flags=entry.flags | RuleFlag.FATAL)
+        if entry.deny == Right.ALL
+        else entry
         for place, entry in policy.rules.entries.items()
     }
     fatal = lsm.LsmPolicy(rules=lsm.Compiled(rules, policy.rules.texts))
@@ -263,7 +267,9 @@ def test_canaries_are_no_violations(tree: Any, agent: Path) -> None:
     """What we try ourselves is refused and counted, apart from what the agent does."""
     policy = tree.policy()
     rules = {
-        place: replace(entry, flags=entry.flags | RuleFlag.CANARY) if entry.deny == Right.ALL else entry
+        place: replace(entry, flags=entry.flags | RuleFlag.CANARY)
+        if entry.deny == Right.ALL
+        else entry
         for place, entry in policy.rules.entries.items()
     }
     with lsm.attach(agent, lsm.LsmPolicy(rules=lsm.Compiled(rules, policy.rules.texts))) as guard:
