@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mis_run import (
@@ -90,13 +89,13 @@ def _import_the_rest() -> None:
     from mis_run import control, defcon, follow, names, requests, terminal  # noqa: F401
 
 
-def _kernel_plane(plan: Plan, cgroup: Path) -> AbstractContextManager[Reserved | None]:
+def _kernel_plane(plan: Plan, group: cgroup.Cgroup) -> AbstractContextManager[Reserved | None]:
     """The guard of the kernel plane, to be attached; None where the plan does without."""
     if not plan.uses("bpf-lsm"):
         return nullcontext()
     from mis_run.guards import kernel
 
-    return kernel.reserve(cgroup)
+    return kernel.reserve(group.unified, group.agent)
 
 
 def _guard_link(guard: net.NetGuard, link: network.Link | None) -> net.NetGuard:
@@ -136,7 +135,7 @@ def _launch(
         steps.done("network")
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
         steps.done("rootfs")
-        plane = on(_kernel_plane(plan, group.unified))  # lasts until the container is gone
+        plane = on(_kernel_plane(plan, group))  # lasts until the container is gone
         stack.callback(dog.farewell)  # called when the container is undone
         inside = interior.describe(plan, run_dir.path, root, link, group)
         box = on(

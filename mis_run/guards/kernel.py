@@ -22,6 +22,7 @@ from mis_run.guards.lsm_abi import Right, RuleFlag
 from mis_run.guards.lsm_policy import Compiled, Entry, Place
 from mis_run.linux import mountinfo
 from mis_run.model import OnLoss, Plan
+from mis_run.state import STATE
 
 STDIO = (0, 1, 2)
 
@@ -37,8 +38,9 @@ def prepare() -> None:
 class Reserved:
     """A guard to come for one cgroup."""
 
-    def __init__(self, cgroup: Path) -> None:
+    def __init__(self, cgroup: Path, processes: Path) -> None:
         self._cgroup = cgroup
+        self._processes = processes
         self._guard: lsm.LsmGuard | None = None
 
     def attach(self, plan: Plan, policy: Policy, pid: int) -> lsm.LsmGuard:
@@ -61,6 +63,7 @@ class Reserved:
             defcon=replace(profile.defcon, thresholds=NEVER)
             if profile.defcon.weights
             else profile.defcon,
+            processes=self._processes,
             canary=lsm_lines.CANARY,
         )
         self._guard = lsm.LsmGuard(self._cgroup, settings, lsm_plane.ensure())
@@ -77,9 +80,9 @@ NEVER = (0xFFFFFFFF,) * 4
 
 
 @contextmanager
-def reserve(cgroup: Path) -> Iterator[Reserved]:
-    """The guard of ``cgroup`` ends with this context."""
-    reserved = Reserved(cgroup)
+def reserve(cgroup: Path, processes: Path) -> Iterator[Reserved]:
+    """The guard of ``cgroup`` ends with this context; ``processes`` is where below it they are."""
+    reserved = Reserved(cgroup, processes)
     try:
         yield reserved
     finally:
@@ -87,18 +90,18 @@ def reserve(cgroup: Path) -> Iterator[Reserved]:
 
 
 def _check_numbers(pid: int) -> None:
-    """Raise SetupError unless files of the root's layers have inode numbers of its own.
+    """Raise SetupError unless every file of the layers that we made has a number of its own.
 
-    With ``xino`` an overlay gives its files the same device as its folders (overlayfs.rst, inode
-    properties); without, a file above may have the number, and so the rule, of one below.
+    Without ``xino`` a file above may have the inode number, and so the rule, of one below
+    (overlayfs.rst, inode properties).  The kernel drops the option where it cannot be had.
     """
-    root = Path(f"/proc/{pid}/root")
-    made = root / "etc/resolv.conf"  # rootfs.mount put it into the upper layer
-    if made.lstat().st_dev != root.stat().st_dev:
-        raise SetupError(
-            "kernel plane: this overlay's files have no inode numbers of their own (xino)",
-            hint="use the host plane: --plane host",
-        )
+    for mount in mountinfo.read(pid):
+        ours = mount.kind == "overlay" and f"upperdir={STATE}/" in mount.options
+        if ours and "xino=on" not in mount.options.split(","):
+            raise SetupError(
+                f"kernel plane: the overlay at {mount.point} has no inode numbers of its own",
+                hint="use the host plane: --plane host",
+            )
 
 
 def _with_stdio(rules: Compiled) -> Compiled:

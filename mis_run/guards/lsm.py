@@ -48,6 +48,7 @@ class LsmPolicy:
     no_wx: bool = False
     capabilities: Sequence[str] = HARMLESS
     defcon: Defcon = field(default_factory=Defcon)
+    processes: Path | None = None  # the cgroup that its processes are in; None: the guarded one
     canary: str = ""  # a file whose rule is marked CANARY, as the container's init names it
 
 
@@ -191,7 +192,7 @@ class LsmGuard:
             }
             for name, act in acts.items():
                 before = self.counts()
-                error = in_cgroup(self._cgroup, act)
+                error = in_cgroup(self._policy.processes or self._cgroup, act)
                 after = self.counts()
                 if self._policy.enforce and error != errno.EPERM:
                     met = os.strerror(error) if error else "it succeeded"

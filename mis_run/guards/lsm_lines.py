@@ -38,7 +38,7 @@ def make(policy: Policy, root: str, workspace: str, shared: Sequence[str]) -> li
     programs = _named(root, execs)
     lines = [
         # Folders may be listed, as on the host plane; the mounts hide names.
-        Line("/", Right.LIST, NOTHING, "folders", RuleFlag.EXPLICIT),
+        Line("/", Right.LIST, NOTHING, "default", RuleFlag.EXPLICIT),
         *(_opening(path, _judge(opens, root, path), workspace) for path in sorted(places)),
         *(
             _executing(path, _judge(opens, root, path), _judge(execs, root, path))
