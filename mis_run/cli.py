@@ -146,6 +146,7 @@ def parse(
     log: str | None,
     as_json: bool,
     restart: str | None = None,
+    plane: str = PlaneChoice.AUTO,
     **limits: Any,
 ) -> Options:
     """click's words as `Options`. Raises UsageError for what click cannot judge."""
@@ -173,6 +174,7 @@ def parse(
         log=Path(log).absolute() if log else None,
         json=as_json,
         restart=_attempts(restart),
+        plane=PlaneChoice(plane),
         **limits,
     )
 
