@@ -1,6 +1,6 @@
 """What the agent of the conformance table does: run by it, inside; no imports of ours.
 
-    python3 conformance_acts.py ROWS.json RESULTS.json
+    python3 conformance_acts.py ROWS.json RESULTS.json SCRATCH
 
 Each row is [name, act, arguments]. A row runs in a child of its own, whose name (prctl) is the
 row's, so that the record's events can be told apart. Its result is 0, an errno, or a word.
@@ -18,10 +18,11 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
-TEMP = "/tmp"
+TEMP = sys.argv[3] if sys.argv[3:] else ""
 
 
 def call(number, *args):
@@ -334,10 +335,8 @@ def rename_race(allowed, denied, rounds):
     def flip():
         nonlocal running
         for _ in range(rounds):
-            try:
+            with suppress(OSError):  # where the exchange itself is refused there is no race left
                 call(316, -100, os.fsencode(allowed), -100, os.fsencode(denied), 2)
-            except OSError:
-                pass  # where the exchange itself is refused there is no race left
             if time.monotonic() > stop:
                 break
         running = False
@@ -548,4 +547,4 @@ def main(rows, results):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:3])

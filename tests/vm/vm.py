@@ -40,7 +40,7 @@ LSM = "lsm=landlock,lockdown,yama,bpf"  # Debian compiles BPF LSM in; the list s
 OPTIONS_9P = "ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose"
 # One thread for all CPUs.  The kernel changes its own code while it runs (static keys: the first
 # memory cgroup, a cpuset) by way of a breakpoint, and no CPU may meet that later
-# (text_poke_bp_batch, arch/x86/kernel/alternative.c).  QEMU 7.2 with a thread for each CPU may still
+# (text_poke_bp_batch, arch/x86/kernel/alternative.c).  QEMU 7.2 with a thread for each may still
 # run what it translated in between: "Oops: int3" in the page allocator, in one launch out of five.
 ACCELERATOR = "-accel tcg,thread=single"
 # Never needed in a virtual machine without devices, and three quarters of the size.
@@ -146,8 +146,8 @@ def run(
             *("--memory", memory, "--rwdir", folder, "--append", f"{LSM} panic=-1"),
             *(("--rwdir", str(share)) if share else ()),
             *(() if interactive else ("--verbose",)),  # without it the console is lost
-            f"--qemu-opts={ACCELERATOR} -fsdev local,id=checkout,path={ROOT},security_model=none,readonly=on,"
-            "multidevs=remap -device virtio-9p-pci,fsdev=checkout,mount_tag=checkout",
+            f"--qemu-opts={ACCELERATOR} -fsdev local,id=checkout,path={ROOT},security_model=none,"
+            "readonly=on,multidevs=remap -device virtio-9p-pci,fsdev=checkout,mount_tag=checkout",
             *("--", f"sh {script}"),
         ]
         with _process(argv, interactive) as process:
