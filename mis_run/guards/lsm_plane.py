@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from contextlib import AbstractContextManager, suppress
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from mis_run import locks
@@ -43,6 +43,7 @@ def supported() -> dict[str, Finding]:
     return {"bpf-lsm": Finding(True, "files, programs and escapes are judged in LSM hooks")}
 
 
+@cache
 def version() -> str:
     """Names the objects we would load."""
     digest = hashlib.sha256()

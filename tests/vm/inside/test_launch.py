@@ -147,8 +147,8 @@ def test_denials(workspace: Path) -> None:
         (workspace / "open" / name).chmod(0o755)
     rules = """
 [files]
-read = ["@system", "@scratch", "$WORKSPACE/open"]
-write = ["@scratch", "$WORKSPACE/open"]
+read = ["@system", "$WORKSPACE/open"]
+write = ["$WORKSPACE/open"]
 [exec]
 allow = ["@system", "$WORKSPACE/open"]
 deny = ["$WORKSPACE/open/outlaw"]
@@ -186,7 +186,10 @@ while True:
         os.close(os.open("/etc/shadow", os.O_RDONLY)); read += 1
     except OSError:
         refused += 1
-    os.close(os.open("given", os.O_RDONLY)); allowed += 1
+    try:
+        os.close(os.open("given", os.O_RDONLY)); allowed += 1
+    except OSError:
+        pass  # at DEFCON 2
     os.pwrite(out, b"%12d %12d %12d\\n" % (refused, read, allowed), 0)
 """
 
@@ -271,12 +274,10 @@ def test_what_only_a_name_tells(workspace: Path) -> None:
 def test_audit(workspace: Path) -> None:
     """Without enforcement it goes on, and is told once."""
     (workspace / "none").write_text("x\n")
-    rules = (
-        '[files]\nread = ["@system", "@scratch"]\nwrite = ["@scratch"]\n[mode]\nenforce = false\n'
-    )
+    rules = '[files]\nread = ["@system"]\nwrite = []\n[mode]\nenforce = false\n'
     done = run("cat", "none", cwd=workspace, options=profile(workspace, rules))
     assert done.out == "x\n", done.err
-    assert [event["verdict"] for event in done.denied()] == ["audit"]
+    assert [event["verdict"] for event in done.denied()] == ["audit"], done.denied()
 
 
 def test_levels_of_an_operator(workspace: Path) -> None:
