@@ -96,6 +96,7 @@ __noinline __u32 gained(struct act *act)
 		return MIS_ALL;
 	look(&here, act, act->dentry, act->mount, MIS_ALL);
 	look(&there, act, act->into, act->mount, MIS_ALL);
+	act->rule = here.number;
 	return there.granted & ~here.granted;
 }
 

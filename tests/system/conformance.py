@@ -48,6 +48,7 @@ class Reason(StrEnum):
 
     NO_OPEN = "fanotify tells of opens only: what else is done to a file the mounts decide"
     LINK = "the kernel plane refuses the link or move itself, by which a file would become readable"
+    SILENT = "a capability that is not there refuses it on the host plane, and tells nobody"
     PLACE = (
         "the host plane judges a file where it is opened; the kernel plane keeps it where it was"
     )
@@ -212,7 +213,8 @@ def _tree() -> list[Row]:
         free("allowed: moved and read", "moved_then_read", "{W}/open/old3", "{W}/open"),
     ]  # fmt: skip
     device = free("allowed: device", "device", "{W}/open", met=EPERM, control=None)
-    return [*rows, device]
+    told = replace(device, kind="escape.mknod", rule="default", count=1)
+    return [*rows, replace(device, reason=Reason.SILENT, kernel=told)]
 
 
 # ---- programs -------------------------------------------------------------------------------
