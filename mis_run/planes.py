@@ -68,6 +68,9 @@ def needs_names(options: Options, profile: Profile) -> str:
     for entry in allowed:
         if entry not in executable:  # a program there could be run by the loader
             return entry
+    for entry in executable:
+        if entry not in allowed:  # only what is a program may be read there
+            return entry
     for entry in profiles.expand((*files.deny, *files.kill), facts):
         if floats(entry) or masks.normal(entry) is None or _inside(entry, shared):
             return entry

@@ -76,6 +76,7 @@ class LsmGuard:
         self._deadline = policy.deadline
         self._level = defcon.NORMAL
         self._quiet = False
+        self._proving = bool(policy.canary)  # until `arm` there is no agent, only guards that try
         self._depth = _depth(cgroup)
         if self._depth > DEEPEST:
             raise SetupError(f"{cgroup} is nested more than {DEEPEST} deep")
@@ -121,7 +122,14 @@ class LsmGuard:
         self._plane.states.update(self._key, STATE.pack(0, count, time.monotonic_ns(), *rest))
 
     def arm(self, deadline: float) -> None:
-        """From now on the agent may act for ``deadline`` seconds without `renew`, no longer."""
+        """Here the agent begins: what was tried until now was tried by us.
+
+        From now on it may act for ``deadline`` seconds without `renew`, no longer.
+        """
+        while self._ring.drain(BATCH):
+            continue
+        self._reset()
+        self._proving = False
         self._deadline = deadline
         self.renew()
 
@@ -166,8 +174,11 @@ class LsmGuard:
 
     def read(self) -> list[Event]:
         """The oldest BATCH events; the others stay for the next turn."""
+        samples = self._ring.drain(BATCH)
+        if self._proving:
+            return []
         texts = self._policy.rules.texts
-        return [lsm_abi.event(sample, texts) for sample in self._ring.drain(BATCH)]
+        return [lsm_abi.event(sample, texts) for sample in samples]
 
     # ---- proof ----------------------------------------------------------------------------
 

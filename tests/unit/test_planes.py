@@ -60,7 +60,7 @@ def test_what_outlives_its_supervisor_stays_on_the_host_plane() -> None:
     [
         (DEFAULT.files, DEFAULT.exec, ""),
         (Files(read=("/usr/**",)), Exec(allow=("/usr/**",)), ""),
-        (Files(read=("/usr/**",)), Exec(allow=("/usr/**", "/opt/tool")), ""),
+        (Files(read=("/usr/**",)), Exec(allow=("/usr/**", "/opt/tool")), "/opt/tool"),
         (Files(read=("/usr/**",)), Exec(allow=("/usr/bin/**",)), "/usr/**"),
         (Files(read=("/usr/lib/x*",)), Exec(allow=("/usr/lib/x*",)), ""),
         (Files(read=("*.txt",)), Exec(allow=("*.txt",)), "*.txt"),

@@ -274,10 +274,14 @@ def test_what_only_a_name_tells(workspace: Path) -> None:
 def test_audit(workspace: Path) -> None:
     """Without enforcement it goes on, and is told once."""
     (workspace / "none").write_text("x\n")
-    rules = '[files]\nread = ["@system"]\nwrite = []\n[mode]\nenforce = false\n'
+    rules = '[files]\nread = ["@system"]\nwrite = []\n[exec]\nallow = ["@system"]\n'
+    rules += "[mode]\nenforce = false\n"
     done = run("cat", "none", cwd=workspace, options=profile(workspace, rules))
     assert done.out == "x\n", done.err
-    assert [event["verdict"] for event in done.denied()] == ["audit"], done.denied()
+    told = [
+        (event["verdict"], event["kind"], "inode" in event["subject"]) for event in done.denied()
+    ]
+    assert told == [("audit", "file.open", True)]
 
 
 def test_levels_of_an_operator(workspace: Path) -> None:
