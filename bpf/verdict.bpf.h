@@ -163,14 +163,16 @@ __noinline int tell(struct act *act, __u32 verdict)
 #define BURST 10000000ULL /* nanoseconds, defcon.BURST */
 #define RETRIES 3 /* defcon.RETRIES */
 
-static __always_inline int is_retry(const struct act *act, __u64 now)
+__noinline int is_retry(struct act *act)
 {
 	struct mis_scope *scope = bpf_task_storage_get(&scopes, bpf_get_current_task_btf(), 0, 0);
-	struct dentry *dentry = act->dentry;
-	__u64 key = ((__u64)act->what << 48) + ((__u64)act->detail << 16) + act->right + 1;
+	struct dentry *dentry;
+	__u64 key, now = bpf_ktime_get_ns();
 
-	if (!scope || act->marks & MIS_FATAL)
+	if (!act || !scope || act->marks & MIS_FATAL)
 		return 0;
+	dentry = act->dentry;
+	key = ((__u64)act->what << 48) + ((__u64)act->detail << 16) + act->right + 1;
 	if (dentry)
 		key ^= (__u64)dentry ^ BPF_CORE_READ(dentry, d_inode, i_ino) << 20;
 	if (scope->act != key || now - scope->began >= BURST) {
@@ -187,7 +189,7 @@ static __always_inline void count(struct act *act, struct state *state,
 				  const struct mis_agent *agent)
 {
 	__u64 now = bpf_ktime_get_ns();
-	__u32 added = !is_retry(act, now), least = act->marks & MIS_FATAL ? agent->thresholds[3] : 0;
+	__u32 added = !is_retry(act), least = act->marks & MIS_FATAL ? agent->thresholds[3] : 0;
 
 	bpf_spin_lock(&state->lock);
 	if (state->count < agent->thresholds[3])
