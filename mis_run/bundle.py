@@ -121,17 +121,17 @@ def mounts(plan: Plan, inside: Inside) -> list[dict[str, Any]]:
     if plan.host.cgroup == "v2":
         # Programs read their own limits here; in hybrid mode it would be a dozen mounts.
         found.append(_mount("/sys/fs/cgroup", "cgroup", "cgroup", *quiet, "ro"))
-    layers = [_bind(plan.cwd, plan.cwd, "rw")]
+    layers = [bound(plan.cwd, plan.cwd, "rw")]
     layers += [
-        _bind(bind.source, bind.target, "ro" if bind.readonly else "rw") for bind in plan.binds
+        bound(bind.source, bind.target, "ro" if bind.readonly else "rw") for bind in plan.binds
     ]
     layers += [_cover(path, is_folder) for path, is_folder in inside.hidden.items()]
     # What lies higher is mounted first, else it would cover what lies inside it.
     layers.sort(key=lambda mount: len(PurePosixPath(mount["destination"]).parts))
     found += layers
-    found += [_bind(path, path, mode) for path, mode in _pinned(plan, inside.protected)]
-    found.append(_bind(inside.info, INFO, "ro", nested=False))
-    found.append(_bind(inside.shim, SHIM, "ro", nested=False))
+    found += [bound(path, path, mode) for path, mode in _pinned(plan, inside.protected)]
+    found.append(_alone(inside.info, INFO))
+    found.append(_alone(inside.shim, SHIM))
     return found
 
 
@@ -186,11 +186,19 @@ def _mount(target: str, kind: str, source: str, *options: str) -> dict[str, Any]
 def _cover(path: str, is_folder: bool) -> dict[str, Any]:
     if is_folder:
         return _mount(path, "tmpfs", "tmpfs", *QUIET, "noexec", "ro", "mode=755", "size=4k")
-    return _bind("/dev/null", path, "ro", nested=False)
+    return _alone("/dev/null", path)
 
 
-def _bind(
-    source: Path | str, target: Path | str, mode: str, *, nested: bool = True
-) -> dict[str, Any]:
-    kind = "rbind" if nested else "bind"
-    return _mount(os.fspath(target), "bind", os.fspath(source), kind, mode, *QUIET)
+def bound(source: Path | str, target: Path | str, mode: str, *more: str) -> dict[str, Any]:
+    """A bind mount, ``mode`` "ro" or "rw", of ``source`` and of the mounts below it.
+
+    Words without r are for the mount itself only; those with it reach the mounts below
+    (mount_setattr(2), since Linux 5.12), which would stay writable otherwise.
+    """
+    words = ["rbind", *more, mode, *QUIET, *(f"r{word}" for word in QUIET)]
+    return _mount(os.fspath(target), "bind", os.fspath(source), *words, *["rro"] * (mode == "ro"))
+
+
+def _alone(source: Path | str, target: str) -> dict[str, Any]:
+    """A bind mount of a file or folder without the mounts below it, read-only."""
+    return _mount(target, "bind", os.fspath(source), "bind", "ro", *QUIET)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_run import explain, report
+from mis_run.quoting import printable
 
 MOST = 50  # rows: a summary is read by people
 
@@ -44,8 +45,7 @@ def summary(events: Iterable[Mapping[str, Any]], code: int) -> str:
 
 def code_(text: object) -> str:
     """``text`` as inline code in a table cell: one line, no backticks, no bars."""
-    clean = "".join(letter if letter.isprintable() else " " for letter in str(text))
-    return f"`{clean[:300].replace('`', chr(39)).replace('|', '¦')}`"
+    return f"`{printable(text)[:300].replace('`', chr(39)).replace('|', '¦')}`"
 
 
 def main() -> int:

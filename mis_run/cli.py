@@ -243,6 +243,7 @@ def _variable(text: str) -> tuple[str, str]:
 
 def run_command(cli: click.Command, name: str) -> NoReturn:
     """Run a click command with our error style: one message, one hint, one exit code."""
+    _open_streams()
     try:
         code = cli.main(prog_name=name, standalone_mode=False)
     except MisError as error:
@@ -268,6 +269,16 @@ def run_command(cli: click.Command, name: str) -> NoReturn:
     sys.stderr.flush()
     # Everything is undone and written; taking the interpreter apart would cost 13 ms more.
     os._exit(code if isinstance(code, int) else 0)
+
+
+def _open_streams() -> None:
+    """Standard streams that our caller has closed become /dev/null: the next file opened would get
+    such a number, and the agent would get that file."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # The lowest number that is free: this one, since those below it are open.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def complain(error: MisError) -> None:

@@ -6,9 +6,12 @@ says so instead of naming a flag.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from mis_run import quoting
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,8 @@ def _network(verb: str, subject: Mapping[str, Any], who: str, rule: str) -> Advi
         return Advice(
             f"{who} looked up {name}",
             "the agent's resolver answers only names that a rule allows",
-            f'[network] allow = ["...", "{name}:443"]',
-            f"--allow-net {name}:443",
+            _line("[network] allow", f"{name}:443"),
+            _flag(f"{name}:443"),
         )
     if verb == "socket":
         what = " ".join(str(value) for value in subject.values())
@@ -69,32 +72,41 @@ def _network(verb: str, subject: Mapping[str, Any], who: str, rule: str) -> Advi
         return Advice(
             f"{who} wanted to listen on {where}",
             f"rule: {rule}",
-            f'[network] listen = ["...", "{where}"]',
+            _line("[network] listen", where),
         )
     if rule.startswith("builtin"):
         return Advice(
             f"{who} wanted {protocol} to {where}",
             f"{rule}: only a rule that names this very address allows it",
-            f'[network] allow = ["...", "{where}"]',
-            f"--allow-net {where}",
+            _line("[network] allow", where),
+            _flag(where),
         )
     suffix = f"/{protocol}" if protocol in ("tcp", "udp") else ""
     return Advice(
         f"{who} wanted {protocol or 'a connection'} to {where}",
         "no rule allows this destination" if rule == "default" else f"rule: {rule}",
-        f'[network] allow = ["...", "{where}{suffix}"]',
-        f"--allow-net {where}{suffix}",
+        _line("[network] allow", f"{where}{suffix}"),
+        _flag(f"{where}{suffix}"),
     )
 
 
 def _object(area: str, subject: Mapping[str, Any], who: str, rule: str) -> Advice:
-    path = subject.get("path", "?")
-    verb, key = ("execute", "allow") if area == "exec" else ("open", "read")
-    section = "exec" if area == "exec" else "files"
+    path = str(subject.get("path", "?"))
+    verb, where = ("execute", "[exec] allow") if area == "exec" else ("open", "[files] read")
     why = "no rule names it" if rule == "default" else f"rule: {rule}"
     if rule.startswith(("deny", "@secrets", "kill")):
         why += "; a more specific rule would have to allow it"
-    return Advice(f"{who} wanted to {verb} {path}", why, f'[{section}] {key} = ["...", "{path}"]')
+    return Advice(f"{who} wanted to {verb} {path}", why, _line(where, quoting.pattern(path)))
+
+
+def _line(where: str, entry: str) -> str:
+    """The line of a profile that adds an entry to the inherited ones."""
+    return f'{where} = ["...", {quoting.toml(entry)}]'
+
+
+def _flag(destination: str) -> str:
+    """The option, to be pasted into a shell."""
+    return f"--allow-net {shlex.quote(quoting.printable(destination))}"
 
 
 def text(events: Iterable[Mapping[str, Any]]) -> str:
@@ -107,7 +119,7 @@ def text(events: Iterable[Mapping[str, Any]]) -> str:
     lines = []
     for advice, times in counted.items():
         often = f" ({times} times)" if times > 1 else ""
-        lines.append(f"{advice.what}{often}: {advice.why}")
+        lines.append(quoting.printable(f"{advice.what}{often}: {advice.why}"))
         if advice.flag:
             lines.append(f"  allow once:      {advice.flag}")
         if advice.line:

@@ -153,7 +153,7 @@ def translate(pattern: str) -> str:
         elif pattern[at] == "?":
             out, at = f"{out}[^/]", at + 1
         elif pattern[at] == "[" and (end := pattern.find("]", at + 2)) > 0:
-            inside = pattern[at + 1 : end].replace("\\", r"\\")
+            inside = re.sub(r"[\\[&|~]", r"\\\g<0>", pattern[at + 1 : end])
             inside = f"^{inside[1:]}" if inside[0] == "!" else inside
             out, at = f"{out}(?!/)[{inside}]", end + 1
         else:

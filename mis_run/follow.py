@@ -138,9 +138,12 @@ class Follower:
     def _serve(self, guard: Guard) -> None:
         self.emit(guard.read())
 
-    def go(self) -> None:
-        """Execute the agent. Guards answer meanwhile: its first acts may come before our reply."""
-        self.box.go(self.plan.command[0], None if self.plan.tty else (0, 1, 2))
+    def go(self, streams: tuple[int, int, int] | None) -> None:
+        """Execute the agent, with ``streams`` as its 0, 1 and 2 (None: the container's terminal).
+
+        Guards answer meanwhile: its first acts may come before our reply.
+        """
+        self.box.go(self.plan.command[0], streams)
         self.follow()
 
     def follow(self) -> None:

@@ -25,6 +25,7 @@ from mis_run import (
     rootfs,
     runtime,
     state,
+    stdio,
     supervise,
 )
 from mis_run.errors import MisError
@@ -137,6 +138,7 @@ def _launch(
         steps.done("rootfs")
         plane = on(_kernel_plane(plan, group))  # lasts until the container is gone
         stack.callback(dog.farewell)  # called when the container is undone
+        streams = None if plan.tty else on(stdio.lent())
         inside = interior.describe(plan, run_dir.path, root, link, group)
         box = on(
             runtime.create(
@@ -227,7 +229,7 @@ def _launch(
         if plane:
             kernel.arm(settings.liveness.deadline)
             loop.every(settings.liveness.beat, kernel.renew)
-        follower.go()
+        follower.go(streams)
         steps.done("agent")
         loop.until(lambda: follower.ending is not None)
         dog.pause()  # the agent is gone: undoing takes as long as it takes

@@ -7,7 +7,6 @@ never learned: it stays in the profile as a comment for a person to decide.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections import defaultdict
@@ -19,6 +18,7 @@ from mis_run import host, plan, profiles, report
 from mis_run.errors import SetupError
 from mis_run.file_rules import Effect, Rule, Rules, compile_rules, resolved
 from mis_run.model import Options
+from mis_run.quoting import pattern, printable, toml
 
 LEARNING = """
 extends = "trace"
@@ -89,8 +89,8 @@ def render(events: Iterable[Mapping[str, Any]], facts: Mapping[str, str], comman
             executed.add(path)
         else:
             opened.add(path)
-    lines = [f"# Learned from: {command}", 'extends = "default"', ""]
-    lines += [f"# not learned, denied by default: {text}" for text in sorted(refused)]
+    lines = [f"# Learned from: {printable(command)}", 'extends = "default"', ""]
+    lines += [f"# not learned, denied by default: {printable(text)}" for text in sorted(refused)]
     lines += ["[files]", _list("read", ["/proc/**", *fold(opened - executed, FILE_SETS, facts)])]
     lines += ["", "[exec]", _list("allow", fold(executed, PROGRAM_SETS, facts, many=10**9))]
     lines += ["", "[network]", _list("allow", destinations(events))]
@@ -115,9 +115,9 @@ def fold(
         folders["/".join(parts[: min(DEPTH + 1, len(parts) - 1)])].append(path)
     for folder, inside_folder in sorted(folders.items()):
         if folder and len(inside_folder) >= many:
-            found.append(f"{folder}/**")
+            found.append(f"{pattern(folder)}/**")
         else:
-            found += sorted(inside_folder)
+            found += sorted(map(pattern, inside_folder))
     return found
 
 
@@ -152,5 +152,5 @@ def _list(key: str, values: Iterable[str]) -> str:
     values = list(values)
     if not values:
         return f"{key} = []"
-    inner = "".join(f"    {json.dumps(value, ensure_ascii=False)},\n" for value in values)
+    inner = "".join(f"    {toml(value)},\n" for value in values)
     return f"{key} = [\n{inner}]"

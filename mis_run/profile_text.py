@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any
 
-from mis_run import model
+from mis_run import model, quoting
 from mis_run.schema import SECTIONS
 from mis_run.sets import SETS
 
@@ -47,9 +47,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        import json
-
-        return json.dumps(str(value), ensure_ascii=False)
+        return quoting.toml(value)
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_toml(item) for item in value)}]"
     return f"{value:.15g}" if isinstance(value, float) else str(value)

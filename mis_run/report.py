@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from mis_run.errors import SetupError
 from mis_run.events import Event
 from mis_run.model import Plan
+from mis_run.quoting import printable
 
 RECORDS = Path("/var/log/mis")
 KEEP = 200  # records of ended runs kept in RECORDS
@@ -170,8 +171,7 @@ def summary(facts: Mapping[str, Any], record: Record) -> list[str]:
     if usage.get("pids_denied"):
         lines.append(f"process limit: {usage['pids_denied']} fork(s) refused")
     for event in record.last[-3:]:
-        # An agent's words must not write escape sequences to a terminal.
-        what = " ".join(repr(str(value))[1:-1] for value in event.subject.values())
+        what = printable(" ".join(str(value) for value in event.subject.values()))
         lines.append(f"{event.verdict}: {event.kind} {what} (rule: {event.rule or 'default'})")
     if record.violations:
         lines.append(f"{record.violations} violation(s); see: mis logs {record.run_id}")

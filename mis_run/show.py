@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mis_run.model import Mechanism, NetMode, Plan
+from mis_run.quoting import printable
 from mis_run.report import counters_line, size
 
 GREEN, RED, YELLOW, PLAIN = "\033[32m", "\033[31m", "\033[33m", "\033[0m"
@@ -45,7 +46,7 @@ def runs(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _line(text: str, width: int = 48) -> str:
     """One printable line: an agent's words must not write escape sequences to a terminal."""
-    clean = "".join(letter if letter.isprintable() else " " for letter in text)
+    clean = printable(text)
     return clean if len(clean) <= width else f"{clean[: width - 1]}…"
 
 

@@ -105,14 +105,15 @@ def _check_numbers(pid: int) -> None:
 
 
 def _with_stdio(rules: Compiled) -> Compiled:
-    """The agent's 0, 1 and 2 are whatever its user gave it, wherever that lies."""
+    """Terminals, FIFOs and /dev/null of the host that our 0, 1 and 2 are: the agent gets them as they
+    are (`stdio`), and may open them anew (``/dev/stderr``)."""
     entries, texts = dict(rules.entries), (*rules.texts, "stdin, stdout, stderr")
     tables = [_devices(f"/proc/{pid}") for pid in ("self", os.getppid(), 1)]
     for fd in STDIO:
         with suppress(OSError):  # closed
             facts = os.fstat(fd)
-            if stat.S_ISFIFO(facts.st_mode) or stat.S_ISSOCK(facts.st_mode):
-                continue  # without a name, or nothing that could be opened
+            if not (stat.S_ISCHR(facts.st_mode) or stat.S_ISFIFO(facts.st_mode)):
+                continue  # a file reaches the agent by a pipe, a socket cannot be opened
             mount = mountinfo.id_of(fd)
             device = next((table[mount] for table in tables if mount in table), None)
             if device is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,12 @@ def spawn(
     *,
     env: Mapping[str, str] | None = None,
     die_with_us: bool = False,
+    session: bool = False,
 ) -> int:
     """Start ``argv`` with descriptor ``target`` being our ``source`` for each pair; its pid.
 
-    ``die_with_us`` has the kernel kill it when we die (PR_SET_PDEATHSIG, by setpriv(1)).
+    ``die_with_us`` has the kernel kill it when we die (PR_SET_PDEATHSIG, by setpriv(1));
+    ``session`` keeps the signals of our terminal from it.
     Raises OSError when it cannot be executed.
     """
     pairs = list(fds.items())
@@ -37,4 +40,12 @@ def spawn(
     if die_with_us:
         command = ["setpriv", "--pdeathsig", "KILL", "--", *command]
     given = dict(os.environ) if env is None else dict(env)
-    return os.posix_spawnp(command[0], command, given, file_actions=actions)
+    # Python ignores SIGPIPE, and what is ignored stays so in a child.
+    return os.posix_spawnp(
+        command[0],
+        command,
+        given,
+        file_actions=actions,
+        setsid=session,
+        setsigdef=(signal.SIGPIPE,),
+    )

@@ -50,8 +50,8 @@ def apply(spec: Spec, plan: Plan, inside: Inside) -> dict[str, Any]:
     mounts = list(data.get("mounts") or [])
     if inside.resolv_conf is not None:
         mounts = [mount for mount in mounts if mount.get("destination") != RESOLV_CONF]
-        mounts.append(_bind(inside.resolv_conf, RESOLV_CONF, "ro"))
-    mounts.append(_bind(inside.info, bundle.INFO, "ro"))
+        mounts.append(bundle.bound(inside.resolv_conf, RESOLV_CONF, "ro", "rprivate"))
+    mounts.append(bundle.bound(inside.info, bundle.INFO, "ro", "rprivate"))
     pins, readonly = _protected(plan, mounts)
     data["mounts"] = [*mounts, *pins]
     linux["maskedPaths"] = _union(
@@ -145,17 +145,15 @@ def _protected(plan: Plan, mounts: list[dict[str, Any]]) -> tuple[list[dict[str,
             continue  # a link would lead the mount elsewhere
         for parent in above[: above.index(volume)]:
             pins.setdefault(
-                parent, _bind(volumes[volume] + parent.removeprefix(volume), parent, "rw")
+                parent,
+                bundle.bound(
+                    volumes[volume] + parent.removeprefix(volume), parent, "rw", "rprivate"
+                ),
             )
-        pins[path] = _bind(source, path, "ro")
+        pins[path] = bundle.bound(source, path, "ro", "rprivate")
     ordered = sorted(pins.values(), key=lambda mount: mount["destination"].count("/"))
     return ordered, [path for path in plan.protected if "*" not in path]
 
 
 def _is_bind(mount: Mapping[str, Any]) -> bool:
     return mount.get("type") == "bind" or bool({"bind", "rbind"} & {*(mount.get("options") or [])})
-
-
-def _bind(source: Path | str, target: str, mode: str) -> dict[str, Any]:
-    options = ["rbind", "rprivate", mode, "nosuid", "nodev"]
-    return {"destination": target, "type": "bind", "source": str(source), "options": options}

@@ -63,8 +63,8 @@ def policy_of(plan: Plan) -> Policy:
 class Watcher(Follower):
     """Follows a container whose exit code its engine learns, not we."""
 
-    def go(self) -> None:
-        """The engine starts it whenever it wants."""
+    def go(self, streams: tuple[int, int, int] | None = None) -> None:
+        """The engine starts it whenever it wants, with streams of its own."""
         self.loop.remove(self.box.fileno())
         self._begin()
 

@@ -110,7 +110,7 @@ def parse(argv: Sequence[str]) -> Call:
     flags = FLAGS[kind] | (RUN_FLAGS if command == "run" else frozenset()) | {"help", "h"}
     own, names = _options(arguments, VALUES[kind], flags, f"an option of {command}")
     if not {"help", "h"} & {name for name, _ in own}:
-        if not names:
+        if not names or not names[0]:
             raise UsageError(f"{command}: no container id given")
         if command != "exec" and len(names) > 1:
             # runc would read options behind the id too: we must not disagree about the bundle.

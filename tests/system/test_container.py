@@ -546,6 +546,33 @@ def test_separate_file_systems(workspace: Path, on_root: Path) -> None:
         shutil.rmtree(place)
 
 
+@pytest.mark.parametrize(("readonly", "written"), [(True, []), (False, ["new"])])
+def test_mounts_below_a_bind(
+    readonly: bool, written: list[str], workspace: Path, tmp_path: Path
+) -> None:
+    """What is mounted below a read-only bind is read-only too, and never set-user-ID; writable
+    binds are the control."""
+    for name in ("shared", "inner"):
+        (tmp_path / name).mkdir()
+    nested = tmp_path / "shared" / "nested"
+    nested.mkdir()
+    script = (
+        "grep -c ' /shared/nested .*nosuid,nodev' /proc/self/mountinfo; touch /shared/nested/new"
+    )
+    bind = [(str(tmp_path / "shared"), "/shared", readonly)]
+    command = argv("sh", "-c", script, cwd=workspace, uid=0, binds=bind)
+    mount = f'mount --bind {tmp_path}/inner {nested}; exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-ec", mount, "sh", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "1\n", done.stderr
+    assert ("Read-only file system" in done.stderr) == readonly
+    assert os.listdir(tmp_path / "inner") == written
+
+
 def test_other_rootfs(workspace: Path, tmp_path: Path) -> None:
     """--rootfs runs another root file system, whatever characters its path has."""
     root = tmp_path / "a:b,c d\\e"

@@ -48,6 +48,65 @@ def test_streams_pass_through(workspace: Path) -> None:
     assert "problem" in done.err
 
 
+def test_redirected_files_are_only_what_they_were_given_for(workspace: Path) -> None:
+    """A file that is standard input cannot be written to, one that is standard output cannot be
+    read; without mis-run, the control, both can."""
+    read, write = workspace.parent / "read", workspace.parent / "write"
+    text = "kept\n"
+    for command, kept in (((*MIS_RUN, "-q", "--"), True), ((), False)):
+        read.write_text(text)
+        write.write_text("before\n")
+        with read.open() as stdin, write.open("a") as stdout:
+            words = (*command, "sh", "-c", "echo gone > /proc/self/fd/0")
+            subprocess.run(words, stdin=stdin, stdout=stdout, cwd=workspace, check=False)
+            back = subprocess.run(
+                (*command, "timeout", "1", "head", "-n", "1", "/proc/self/fd/1"),
+                stdin=stdin,
+                stdout=stdout,
+                cwd=workspace,
+                check=False,
+            )
+        assert (read.read_text() == text) is kept
+        assert (write.read_text() == "before\n") is kept, back
+
+
+def test_redirected_streams_arrive_whole(workspace: Path) -> None:
+    """Every byte, two streams into one file in their order, and /dev/stdout can be opened."""
+    read, both = workspace.parent / "read", workspace.parent / "both"
+    read.write_text(text := "".join(f"{number}\n" for number in range(50000)))
+    script = "cat; echo out; echo err >&2; echo more | tee -a /dev/stderr; echo end > /dev/stdout"
+    with read.open() as stdin, both.open("a") as stream:
+        words = (*MIS_RUN, "-q", "--", "sh", "-c", script)
+        done = subprocess.run(
+            words, stdin=stdin, stdout=stream, stderr=stream, cwd=workspace, check=False
+        )
+    assert done.returncode == 0
+    assert both.read_text() == f"{text}out\nerr\nmore\nmore\nend\n"
+
+
+def test_streams_that_lead_to_the_host_are_refused(workspace: Path) -> None:
+    """A folder and a disk are refused; closed streams are /dev/null."""
+    disks = [str(path) for path in Path("/dev").iterdir() if path.is_block_device()]
+    for command, path, words in (
+        (str(ROOT / "mis-run"), str(workspace), b"standard input is a folder"),
+        *((" ".join(MIS_RUN), disk, b"standard input is a disk") for disk in disks[:1]),
+    ):
+        refused = subprocess.run(
+            ("sh", "-c", f"{command} -- true < {path}"),
+            cwd=workspace,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        assert refused.returncode == 2, refused.stderr
+        assert words in refused.stderr
+    script = "readlink /proc/self/fd/0 /proc/self/fd/1 > seen"
+    closed = 'exec "$@" <&- >&-'
+    words = ("sh", "-c", closed, "sh", *MIS_RUN, "-q", "--", "sh", "-c", script)
+    done = subprocess.run(words, cwd=workspace, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (workspace / "seen").read_text().splitlines()[0] == "/dev/null"
+
+
 def test_files_belong_to_the_invoking_user(workspace: Path) -> None:
     """Under sudo, files made in the workspace belong to the user who called it."""
     env = {"SUDO_UID": "65534", "SUDO_GID": "65534", "SUDO_USER": "nobody"}

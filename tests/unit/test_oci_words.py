@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mis_run.errors import UsageError
@@ -70,6 +70,7 @@ def test_exec_keeps_the_commands_words() -> None:
     assert call.arguments[-2:] == ("ls", "--help")
 
 
+@example(["create", ""])
 @given(st.lists(st.text(max_size=8) | st.sampled_from([*CREATE, "-", "--", "exec", "run", "-b"])))
 def test_any_words_are_read_or_refused(argv: list[str]) -> None:
     """No words make a traceback, and a create always has a container."""
