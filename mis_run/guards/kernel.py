@@ -105,8 +105,8 @@ def _check_numbers(pid: int) -> None:
 
 
 def _with_stdio(rules: Compiled) -> Compiled:
-    """Terminals, FIFOs and /dev/null of the host that our 0, 1 and 2 are: the agent gets them as they
-    are (`stdio`), and may open them anew (``/dev/stderr``)."""
+    """Terminals, FIFOs and /dev/null of the host that our 0, 1 and 2 are: the agent gets them as
+    they are (`stdio`), and may open them anew (``/dev/stderr``)."""
     entries, texts = dict(rules.entries), (*rules.texts, "stdin, stdout, stderr")
     tables = [_devices(f"/proc/{pid}") for pid in ("self", os.getppid(), 1)]
     for fd in STDIO:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mis_run import planes, profiles
-from mis_run.errors import UsageError
+from mis_run import host, plan, planes, profiles
+from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.model import Bind, Exec, Files, Finding, Host, Liveness, OnLoss, Options, PlaneChoice
 
 HOST = Host(mechanisms={}, cgroup="v2", unified=None, controllers={}, runtime=None)
@@ -85,3 +85,41 @@ def test_what_only_a_name_tells(files: Files, programs: Exec, named: str) -> Non
     options = replace(OPTIONS, binds=(Bind(Path("/data"), Path("/data")),))
     profile = replace(DEFAULT, files=files, exec=programs)
     assert planes.needs_names(options, profile) == named
+
+
+@pytest.mark.parametrize(
+    ("active", "why", "fix"),
+    [
+        (None, "No such file", "mount -t securityfs"),
+        ("lockdown,yama", "not active", "lsm=…,bpf"),
+        ("", "not active", "lsm=…,bpf"),
+    ],
+)
+def test_why_there_is_none(
+    active: str | None, why: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's list of LSMs decides before anything slow is tried; each no says what to do."""
+    path = tmp_path / "lsm"
+    if active is not None:
+        path.write_text(active)
+    monkeypatch.setattr(host, "ACTIVE_LSMS", path)
+    finding = host._kernel_plane()["bpf-lsm"]
+    assert not finding.ok
+    assert why in finding.detail
+    assert fix in finding.fix
+
+
+def test_a_wish_that_cannot_be_had_is_refused() -> None:
+    """``--plane kernel`` where there is none is no launch on the other plane."""
+    made = plan.make(
+        replace(OPTIONS, plane=PlaneChoice.KERNEL), DEFAULT, HOST, host.caller("0:0", {})
+    )
+    basics = {name: Finding(True) for name in plan.BASICS}
+    refused = replace(
+        made,
+        host=replace(HOST, mechanisms=basics),
+        mechanisms=tuple(one for one in made.mechanisms if one.name == "bpf-lsm"),
+    )
+    with pytest.raises(MissingGuarantee, match="kernel plane") as error:
+        plan.check(refused)
+    assert error.value.hint == "--plane host"
