@@ -101,9 +101,9 @@ def check(plan: Plan) -> None:
         if mechanism.finding.ok:
             continue
         missing = f"{mechanism.name} is missing: {mechanism.finding.detail}"
-        if mechanism.name == planes.LSM:  # only where it was asked for by name
-            raise MissingGuarantee(f"no kernel plane here: {missing}", hint="--plane host")
         fix = f"{mechanism.finding.fix}; or " if mechanism.finding.fix else ""
+        if mechanism.name == planes.LSM:  # only where it was asked for by name
+            raise MissingGuarantee(f"no kernel plane here: {missing}", hint=f"{fix}--plane host")
         if mechanism.guarantee is Guarantee.NET:
             # A network without its guard is not a weaker promise but none: never waived.
             other = "" if plan.network.mode is NetMode.NONE else "run without a network: --net none"
