@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -421,6 +422,22 @@ def run(rows: list[Row], workspace: Path, plane: str) -> dict[str, Outcome]:
         row.name: Outcome(met[f"r{number}"], events[f"r{number}"])
         for number, row in enumerate(rows)
     }
+
+
+class Launches:
+    """The outcomes of a group; its agent is launched when they are first asked for."""
+
+    def __init__(self, plane: str, folder: Callable[[str], Path]) -> None:
+        self._plane = plane
+        self._folder = folder
+        self._known: dict[str, dict[str, Outcome]] = {}
+
+    def of(self, row: Row) -> Outcome:
+        """What ``row`` met."""
+        if row.group not in self._known:
+            rows = [one for one in table() if one.group == row.group]
+            self._known[row.group] = run(rows, self._folder("c") / "ws", self._plane)
+        return self._known[row.group][row.name]
 
 
 def control(rows: list[Row], workspace: Path) -> dict[str, int | str]:

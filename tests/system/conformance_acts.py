@@ -125,20 +125,25 @@ def mapped(path):
         mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ).close()
 
 
-def in_thread(path):
+def threaded(act):
+    """Raise here what ``act`` raises in a thread."""
     met = []
 
-    def act():
+    def run():
         try:
-            opened(path)
+            act()
         except OSError as error:
             met.append(error)
 
-    thread = threading.Thread(target=act)
+    thread = threading.Thread(target=run)
     thread.start()
     thread.join()
     if met:
         raise met[0]
+
+
+def in_thread(path):
+    threaded(lambda: opened(path))
 
 
 def in_child(path):
@@ -298,53 +303,22 @@ def moved_into_then_read(path, folder):
 # ---- races ----------------------------------------------------------------------------------
 
 
-def link_race(allowed, denied, rounds):
-    """A link that flips between the two; how often each was read."""
-    stop, name = time.monotonic() + 8, spare("race")
-    seen = {"secret": 0, "open": 0, "refused": 0}
-    os.symlink(allowed, name)
-    running = True
-
-    def flip():
-        nonlocal running
-        for _ in range(rounds):
-            for target in (denied, allowed):
-                os.symlink(target, f"{name}.next")
-                os.rename(f"{name}.next", name)
-            if time.monotonic() > stop:
-                break
-        running = False
-
-    thread = threading.Thread(target=flip)
-    thread.start()
-    while running:
-        try:
-            with open(name) as file:
-                seen["secret" if file.read(6) == "SECRET" else "open"] += 1
-        except PermissionError:
-            seen["refused"] += 1
-    thread.join()
-    return "leaked" if seen["secret"] else "refused" if seen["refused"] else "never"
-
-
-def rename_race(allowed, denied, rounds):
-    """Two names exchanged again and again, one read all the time."""
-    stop, running = time.monotonic() + 8, True
+def raced(flip, paths, rounds):
+    """Read ``paths`` while a thread does ``flip`` again and again; whether a secret was read."""
+    stop, over = time.monotonic() + 8, threading.Event()
     seen = {"secret": 0, "open": 0, "refused": 0}
 
-    def flip():
-        nonlocal running
+    def flips():
         for _ in range(rounds):
-            with suppress(OSError):  # where the exchange itself is refused there is no race left
-                call(316, -100, os.fsencode(allowed), -100, os.fsencode(denied), 2)
+            flip()
             if time.monotonic() > stop:
                 break
-        running = False
+        over.set()
 
-    thread = threading.Thread(target=flip)
+    thread = threading.Thread(target=flips)
     thread.start()
-    while running:
-        for path in (allowed, denied):
+    while not over.is_set():
+        for path in paths:
             try:
                 with open(path) as file:
                     seen["secret" if file.read(6) == "SECRET" else "open"] += 1
@@ -352,6 +326,29 @@ def rename_race(allowed, denied, rounds):
                 seen["refused"] += 1
     thread.join()
     return "leaked" if seen["secret"] else "refused" if seen["refused"] else "never"
+
+
+def link_race(allowed, denied, rounds):
+    """A link that flips between the two."""
+    name = spare("race")
+    os.symlink(allowed, name)
+
+    def flip():
+        for target in (denied, allowed):
+            os.symlink(target, f"{name}.next")
+            os.rename(f"{name}.next", name)
+
+    return raced(flip, [name], rounds)
+
+
+def rename_race(allowed, denied, rounds):
+    """Two names exchanged again and again."""
+
+    def flip():
+        with suppress(OSError):  # where the exchange itself is refused there is no race left
+            call(316, -100, os.fsencode(allowed), -100, os.fsencode(denied), 2)
+
+    return raced(flip, [allowed, denied], rounds)
 
 
 def many(path, count):
@@ -437,19 +434,7 @@ def from_memory(path):
 
 
 def in_thread_executed(path):
-    met = []
-
-    def act():
-        try:
-            executed(path)
-        except OSError as error:
-            met.append(error)
-
-    thread = threading.Thread(target=act)
-    thread.start()
-    thread.join()
-    if met:
-        raise met[0]
+    threaded(lambda: executed(path))
 
 
 # ---- sockets and calls ----------------------------------------------------------------------

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import conformance
 import pytest
-from conformance import GROUPS, Outcome
+from conformance import GROUPS, Launches
 
 pytestmark = pytest.mark.root
 ROWS = {f"{row.group}: {row.name}": row for row in conformance.table()}
-Outcomes = Callable[[str], dict[str, Outcome]]
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """A group's outcomes; its agent is launched when they are first asked for."""
-    known: dict[str, dict[str, Outcome]] = {}
-
-    def of(group: str) -> dict[str, Outcome]:
-        if group not in known:
-            rows = [row for row in ROWS.values() if row.group == group]
-            known[group] = conformance.run(rows, tmp_path_factory.mktemp("c") / "ws", "host")
-        return known[group]
-
-    return of
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """On the host plane."""
+    return Launches("host", tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_row(name: str, outcomes: Outcomes) -> None:
+def test_row(name: str, launches: Launches) -> None:
     """The act meets what its row says, and the record shows the violation it names, no other."""
     row = ROWS[name]
-    assert conformance.differences(row.on("host"), outcomes(row.group)[row.name]) == []
+    assert conformance.differences(row.on("host"), launches.of(row)) == []
 
 
 @pytest.mark.parametrize("group", GROUPS)

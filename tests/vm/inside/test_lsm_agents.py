@@ -245,17 +245,19 @@ def test_retries_are_one_violation(tree: Any, agent: Path) -> None:
         assert guard.counts().count in (1, 2)
 
 
+def marked(tree: Any, flag: RuleFlag) -> lsm.LsmPolicy:
+    """The tree's policy, with ``flag`` on what denies everything."""
+    made = tree.policy().rules
+    rules = {
+        place: replace(entry, flags=entry.flags | flag) if entry.deny == Right.ALL else entry
+        for place, entry in made.entries.items()
+    }
+    return lsm.LsmPolicy(rules=replace(made, entries=rules))
+
+
 def test_a_fatal_rule(tree: Any, agent: Path) -> None:
     """The denial of a rule marked fatal is DEFCON 1, and the end."""
-    policy = tree.policy()
-    rules = {
-        place: replace(entry, flags=entry.flags | RuleFlag.FATAL)
-        if entry.deny == Right.ALL
-        else entry
-        for place, entry in policy.rules.entries.items()
-    }
-    fatal = lsm.LsmPolicy(rules=lsm.Compiled(rules, policy.rules.texts))
-    with lsm.attach(agent, fatal) as guard:
+    with lsm.attach(agent, marked(tree, RuleFlag.FATAL)) as guard:
         assert lsm.in_cgroup(agent, read(tree.none / "file")) == EPERM
         assert guard.counts().killed == 0
         assert lsm.in_cgroup(agent, read(tree.hidden / "file")) == EPERM
@@ -265,14 +267,7 @@ def test_a_fatal_rule(tree: Any, agent: Path) -> None:
 
 def test_canaries_are_no_violations(tree: Any, agent: Path) -> None:
     """What we try ourselves is refused and counted, apart from what the agent does."""
-    policy = tree.policy()
-    rules = {
-        place: replace(entry, flags=entry.flags | RuleFlag.CANARY)
-        if entry.deny == Right.ALL
-        else entry
-        for place, entry in policy.rules.entries.items()
-    }
-    with lsm.attach(agent, lsm.LsmPolicy(rules=lsm.Compiled(rules, policy.rules.texts))) as guard:
+    with lsm.attach(agent, marked(tree, RuleFlag.CANARY)) as guard:
         for _ in range(3):
             assert lsm.in_cgroup(agent, read(tree.hidden / "file")) == EPERM
         assert guard.read() == []
