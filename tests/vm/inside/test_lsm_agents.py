@@ -246,10 +246,11 @@ def test_retries_are_one_violation(tree: Any, agent: Path) -> None:
 
 
 def marked(tree: Any, flag: RuleFlag) -> lsm.LsmPolicy:
-    """The tree's policy, with ``flag`` on what denies everything."""
+    """The tree's policy, with ``flag`` on the line of the hidden folder."""
     made = tree.policy().rules
+    line = made.texts.index("hidden") + 1
     rules = {
-        place: replace(entry, flags=entry.flags | flag) if entry.deny == Right.ALL else entry
+        place: replace(entry, flags=entry.flags | flag) if entry.number == line else entry
         for place, entry in made.entries.items()
     }
     return lsm.LsmPolicy(rules=replace(made, entries=rules))
