@@ -67,7 +67,7 @@ def text(plan: Plan) -> str:
         + (f"; never: {', '.join(profile.exec.deny)}." if profile.exec.deny else "."),
         "Network: none." if mode is NetMode.NONE else f"Network: you may reach {reach}.",
         f"Limits: {', '.join(filter(None, caps)) or 'none'}.",
-        f"Changes outside {plan.cwd} are thrown away when you end.",
+        f"{_lost(plan)} are thrown away when you end.",
         "",
         "What is denied fails with EPERM (Operation not permitted); a name has no address then.",
         f"{INFO}/{DENIALS} says what was denied, why, and what would allow it; trying the same",
@@ -78,6 +78,12 @@ def text(plan: Plan) -> str:
         lines.append(f"Each denial slows you down; after {most} of them you are killed.")
     lines.append("If your task needs more, stop and tell the person who started you which rule.")
     return "\n".join(lines) + "\n"
+
+
+def _lost(plan: Plan) -> str:
+    if plan.workspace:
+        return f"Changes outside {plan.cwd}"
+    return "Changes outside what was bound" if plan.binds else "All changes"
 
 
 class Denials:

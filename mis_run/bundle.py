@@ -121,9 +121,9 @@ def mounts(plan: Plan, inside: Inside) -> list[dict[str, Any]]:
     if plan.host.cgroup == "v2":
         # Programs read their own limits here; in hybrid mode it would be a dozen mounts.
         found.append(_mount("/sys/fs/cgroup", "cgroup", "cgroup", *quiet, "ro"))
-    layers = [bound(plan.cwd, plan.cwd, "rw")]
-    layers += [
-        bound(bind.source, bind.target, "ro" if bind.readonly else "rw") for bind in plan.binds
+    layers = [
+        bound(bind.source, target, "ro" if bind.readonly else "rw")
+        for target, bind in plan.shared().items()
     ]
     layers += [_cover(path, is_folder) for path, is_folder in inside.hidden.items()]
     # What lies higher is mounted first, else it would cover what lies inside it.
@@ -141,7 +141,7 @@ def _pinned(plan: Plan, protected: Sequence[str]) -> list[tuple[str, str]]:
     A folder above a mount can be renamed, and a new one made in its place; one that is itself a
     mount cannot (EBUSY, rename(2)).  So each folder on the way is mounted on itself.
     """
-    targets = [str(plan.cwd), *(str(bind.target) for bind in plan.binds)]
+    targets = plan.shared()
     found: dict[str, str] = {}
     for path in protected:
         for parent in PurePosixPath(path).parents:

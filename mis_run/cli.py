@@ -67,13 +67,18 @@ COUNT = _Unit("N", units.count)
 )
 @click.option("--profile", "-p", default="default", metavar="NAME|FILE", help="Rules to run under.")
 @click.option(
-    "--workdir", "-w", metavar="DIR", help="Workspace, read-write at the same path.  [default: .]"
+    "--workdir",
+    "-w",
+    metavar="DIR",
+    help="Workspace, read-write at the same path.  [default: .; with --image none]",
 )
 @click.option(
     "--bind", "-b", "binds", multiple=True, metavar="SRC[:DST][:ro]", help="Show a host path."
 )
 @click.option("--env", "-e", multiple=True, metavar="NAME[=VALUE]", help="Set or pass a variable.")
 @click.option("--rootfs", metavar="DIR", help="Root file system instead of the host's.")
+@click.option("--image", metavar="IMAGE", help="Root from an image: NAME, oci:DIR, archive:FILE.")
+@click.option("--entrypoint", metavar="CMD", help="Instead of the image's entrypoint; '' for none.")
 @click.option("--net", type=click.Choice([m.value for m in NetMode]), help="Network to give.")
 @click.option(
     "--allow-net",
@@ -112,9 +117,15 @@ def command(**words: Any) -> int:
     # Imported late: a wrong word should not pay for the engine.
     from mis_run import host, plan, profiles
 
-    caller = host.caller(options.user, os.environ)
     profile = profiles.load(options.profile)
-    made = plan.make(options, profile, host.probe(), caller)
+    image = None
+    if options.image is None:
+        caller = host.caller(options.user, os.environ)
+    else:
+        from mis_run.images import sources
+
+        image, caller = sources.prepare(options, host.caller(None, os.environ), unpack=not dry_run)
+    made = plan.make(options, profile, host.probe(), caller, image)
     if dry_run:
         from mis_run import show
 
@@ -139,6 +150,8 @@ def parse(
     binds: tuple[str, ...],
     env: tuple[str, ...],
     rootfs: str | None,
+    image: str | None = None,
+    entrypoint: str | None = None,
     net: str | None,
     allow_net: tuple[str, ...],
     tty: bool | None,
@@ -150,9 +163,13 @@ def parse(
     **limits: Any,
 ) -> Options:
     """click's words as `Options`. Raises UsageError for what click cannot judge."""
-    if not command:
+    if not command and image is None:
         raise UsageError("no command given", hint="mis-run [options] -- CMD [ARG]…")
-    if any("\0" in word for word in command):
+    if image is not None and rootfs is not None:
+        raise UsageError("--image and --rootfs: there is one root", hint="leave one of them out")
+    if entrypoint is not None and image is None:
+        raise UsageError("--entrypoint is for images", hint="--image IMAGE --entrypoint CMD")
+    if any("\0" in word for word in (*command, entrypoint or "")):
         raise UsageError("a NUL byte in the command")
     if tty is None:
         tty = sys.stdin.isatty() and sys.stdout.isatty() and _in_foreground()
@@ -163,10 +180,12 @@ def parse(
     return Options(
         command=command,
         profile=profile,
-        workdir=_directory("--workdir", workdir or _cwd()),
+        workdir=None if image and not workdir else _directory("--workdir", workdir or _cwd()),
         binds=tuple(_bind(text) for text in binds),
         env=tuple(_variable(text) for text in env),
         rootfs=_directory("--rootfs", rootfs) if rootfs else None,
+        image=image,
+        entrypoint=entrypoint,
         net=NetMode(net) if net else None,
         allow_net=allow_net,
         tty=tty,

@@ -30,7 +30,7 @@ PROGRAM = "mis-oci-runtime"
 
 def runtimes() -> dict[str, dict[str, Any]]:
     """Docker's name → definition: ``mis``, and one pinned to each built-in profile that denies."""
-    program = str(_program())
+    program = str(find_program(PROGRAM))
     found: dict[str, dict[str, Any]] = {"mis": {"path": program}}
     for path in sorted(profiles.BUILT_IN.glob("*.toml")):
         if path.stem != "default" and profiles.load(str(path)).enforce:
@@ -39,16 +39,17 @@ def runtimes() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _program() -> Path:
-    checkout = ROOT / PROGRAM
-    program = checkout if checkout.exists() else Path(sys.executable).with_name(PROGRAM)
+def find_program(name: str) -> Path:
+    """One of our programs, which an engine will run as root. Raises SetupError, UsageError."""
+    checkout = ROOT / name
+    program = checkout if checkout.exists() else Path(sys.executable).with_name(name)
     if not os.access(program, os.X_OK):
         raise SetupError(f"{program}: not there, or not executable", hint="sudo pip install .")
     for path in (program, *program.parents):
         # /tmp is everybody's, but only the owner of an entry can move it there.
         if path.stat().st_mode & 0o1002 == 0o002:
             raise UsageError(
-                f"{path}: writable for everybody, and Docker would run {program} as root",
+                f"{path}: writable for everybody, and an engine would run {program} as root",
                 hint=f"chmod o-w {path}",
             )
     return program

@@ -66,7 +66,7 @@ class NotExecutable(MisError):
 
 
 class NotFound(MisError):
-    """The command, run or profile does not exist."""
+    """The command, run, profile or image does not exist."""
 
     exit_code = 127
 

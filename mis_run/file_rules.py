@@ -106,7 +106,7 @@ def compile_rules(rules: Iterable[Rule]) -> Rules:
     made = Rules()
     for rule in rules:
         if floats(rule.pattern):
-            made.floating.append((re.compile(_floating(rule.pattern)), rule))
+            made.floating.append((re.compile(anywhere(rule.pattern)), rule))
         elif WILD.search(rule.pattern.removesuffix("/**")):
             folder = rule.pattern[: _literal(rule.pattern)].rpartition("/")[0] or "/"
             made.wild.setdefault(folder, []).append((re.compile(translate(rule.pattern)), rule))
@@ -128,7 +128,8 @@ def floats(pattern: str) -> bool:
     return not pattern.startswith("/") or pattern.startswith("/**/")
 
 
-def _floating(pattern: str) -> str:
+def anywhere(pattern: str) -> str:
+    """The regular expression of a pattern that `floats`."""
     return translate("/**/" + pattern.removeprefix("/").removeprefix("**/"))
 
 

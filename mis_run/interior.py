@@ -45,7 +45,6 @@ def describe(
     for name in ("canary", "kernel-canary"):
         (info / name).touch(mode=0o555)
     briefing.write(plan, info)
-    workspace = plan.cwd.stat()
     notified = plan.uses("seccomp-notify")
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     return bundle.Inside(
@@ -63,9 +62,17 @@ def describe(
         hidden=rootfs.hidden(plan),
         protected=rootfs.protected(plan),
         swap=_swap_is_accounted(plan, group),
-        device=f"{os.major(workspace.st_dev)}:{os.minor(workspace.st_dev)}",
+        device=_device(plan),
         files=files if files != resource.RLIM_INFINITY else bundle.FILES,
     )
+
+
+def _device(plan: Plan) -> str | None:
+    """MAJOR:MINOR of the disk that the agent reads and writes; none where nothing is the host's."""
+    if not plan.workspace:
+        return None
+    number = plan.cwd.stat().st_dev
+    return f"{os.major(number)}:{os.minor(number)}"
 
 
 def _swap_is_accounted(plan: Plan, group: Cgroup) -> bool:

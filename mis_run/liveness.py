@@ -45,7 +45,18 @@ class Watchdog:
             if word.read() != b"watching\n":
                 raise SetupError("the watchdog did not start", hint="mis doctor")
         for name, fd in held.items():
+            self.hold(name, fd)
+
+    def hold(self, name: str, fd: int) -> None:
+        """Give it a copy of one more descriptor. Raises SetupError when it cannot take that."""
+        try:
             socket.send_fds(self._beats, [f"hold {name}".encode()], [fd])
+        except OSError as error:
+            raise SetupError(f"the watchdog cannot hold {name}: {error.strerror}") from error
+
+    def drop(self, name: str) -> None:
+        """What it holds under this name is not needed any more."""
+        self._send(f"drop {name}".encode())
 
     def start(self, lost: Callable[[], None], heard: Callable[[str], None]) -> None:
         """Beat from now on, the first time at once: a supervisor that stops before its loop turns

@@ -13,6 +13,7 @@ import click
 from mis_run import __version__
 from mis_run.errors import MissingGuarantee, NotFound, UsageError
 from mis_run.manage_docker import docker
+from mis_run.manage_images import image
 from mis_run.manage_profiles import JSON, profile
 
 
@@ -27,6 +28,7 @@ def command() -> None:
 
 
 command.add_command(docker)
+command.add_command(image)
 
 
 def _print(value: Any) -> None:

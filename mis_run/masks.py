@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from mis_run import file_rules as rules
 
 MOST_LINKS = 40  # as the kernel's own limit, path_resolution(7)
 
@@ -42,6 +45,11 @@ def resolve(root: str, path: str) -> str:
             at = []
         left += [piece for piece in link.split("/") if piece and piece != "."][::-1]
     return "/" + "/".join(at)
+
+
+def within(path: str, folder: str) -> bool:
+    """Whether a normalized path is the folder or lies below it."""
+    return path == folder or path.startswith(f"{folder}/")
 
 
 def normal(pattern: str) -> str | None:
@@ -86,6 +94,25 @@ def find_all(root: str, patterns: Iterable[str]) -> dict[str, bool]:
             for path in find(root, pattern):
                 found[path] = stat.S_ISDIR(os.lstat(f"{root}{path}").st_mode)
     return {path: folder for path, folder in found.items() if not _below(path, found)}
+
+
+def find_floating(root: str, patterns: Iterable[str]) -> dict[str, bool]:
+    """As `find_all`, for patterns that are not `normal` (``**/.env``): everything in ``root`` is
+    looked at, links are not followed."""
+    left = [pattern for pattern in patterns if normal(pattern) is None]
+    found: dict[str, bool] = {}
+    if not left:
+        return found
+    as_regex = (rules.anywhere(p) if rules.floats(p) else rules.translate(p) for p in left)
+    regex = re.compile("|".join(f"(?:{one})" for one in as_regex))
+    for place, folders, names in os.walk(root):
+        inside = place[len(root) :]
+        found |= {path: False for name in names if regex.fullmatch(path := f"{inside}/{name}")}
+        for name in list(folders):
+            if regex.fullmatch(path := f"{inside}/{name}"):
+                found[path] = not os.path.islink(f"{place}/{name}")  # noqa: PTH114
+                folders.remove(name)
+    return found
 
 
 def _below(path: str, found: dict[str, bool]) -> bool:

@@ -60,12 +60,14 @@ class Options:
     Sizes are bytes, times seconds, cpus CPU cores.
     """
 
-    command: tuple[str, ...]
-    workdir: Path
+    command: tuple[str, ...]  # empty: the image's
+    workdir: Path | None  # None: the image's, with nothing of the host's there
     profile: str = "default"
     binds: tuple[Bind, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     rootfs: Path | None = None
+    image: str | None = None
+    entrypoint: str | None = None  # "": none, not the image's either
     net: NetMode | None = None
     allow_net: tuple[str, ...] = ()
     memory: int | None = None
@@ -216,13 +218,27 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Who the agent runs as."""
+    """Who the agent runs as. A uid of -1: known once the image is unpacked."""
 
     uid: int
     gid: int
     groups: tuple[int, ...]
     name: str
     home: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """An image's content and its own words on how to run it. Digests are ``sha256:…``."""
+
+    name: str  # as the user wrote it
+    digest: str  # the image's id: of its configuration, which names the layers
+    layers: tuple[str, ...]  # digests of the layers' tars, lowest first
+    user: str = ""  # NAME, UID, NAME:GROUP …, to be looked up in the image
+    env: tuple[tuple[str, str], ...] = ()
+    entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    workdir: str = "/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +284,13 @@ class Plan:
     log: Path | None = None
     json_report: bool = False
     waived: frozenset[Guarantee] = frozenset()
+    image: Image | None = None  # the root instead of the host's or ``rootfs``
+    workspace: bool = True  # whether ``cwd`` is the host's, bound read-write at the same path
+
+    def shared(self) -> dict[str, Bind]:
+        """Everything of the host that the agent sees beside its root, by its path inside."""
+        found = {str(self.cwd): Bind(self.cwd, self.cwd)} if self.workspace else {}
+        return found | {str(bind.target): bind for bind in self.binds}
 
     def uses(self, name: str) -> bool:
         """Whether the mechanism is part of this plan, and works here."""

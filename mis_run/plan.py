@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from mis_run import planes, profiles, rules
 from mis_run.errors import MissingGuarantee, UsageError
@@ -16,6 +17,7 @@ from mis_run.host import Caller
 from mis_run.model import (
     Finding,
     Host,
+    Image,
     Limits,
     Mechanism,
     NetMode,
@@ -56,19 +58,26 @@ PASSED_ON = ("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "TERM", "COLORTERM"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def make(options: Options, profile: Profile, host: Host, caller: Caller) -> Plan:
+def make(
+    options: Options, profile: Profile, host: Host, caller: Caller, image: Image | None = None
+) -> Plan:
     """Decide everything. Raises UsageError for words that make no sense together."""
     profile = _with_options(profile, options)
-    _check_workspace(options, caller)
+    if image is not None:
+        profile = profiles.for_an_image(profile)
+    if options.workdir is not None:
+        _check_workspace(options.workdir, caller)
+    cwd = options.workdir or Path(image.workdir if image else "/")
     network = _network(profile.network, host)
     limits = _limits(profile.limits, host, options.allow_missing)
-    facts = {"HOME": caller.user.home, "WORKSPACE": str(options.workdir)}
-    masked = profiles.expand(("@secrets", *profile.files.deny), facts)
+    facts = {"HOME": caller.user.home, "WORKSPACE": str(cwd)}
+    secrets = () if image else ("@secrets",)
+    masked = profiles.expand((*secrets, *profile.files.deny), facts)
     return Plan(
         name=options.name,
-        command=options.command,
-        cwd=options.workdir,
-        env=_environment(options, profile, caller, masked),
+        command=_command(options, image),
+        cwd=cwd,
+        env=_environment(options, profile, caller, masked, image),
         user=caller.user,
         tty=options.tty,
         rootfs=options.rootfs,
@@ -83,6 +92,8 @@ def make(options: Options, profile: Profile, host: Host, caller: Caller) -> Plan
         log=options.log,
         json_report=options.json,
         waived=options.allow_missing,
+        image=image,
+        workspace=options.workdir is not None,
     )
 
 
@@ -92,6 +103,22 @@ def need(host: Host, names: Iterable[str], what: str) -> None:
         finding = host.mechanisms[name]
         if not finding.ok:
             raise MissingGuarantee(f"cannot {what} here: {finding.detail}", hint=finding.fix)
+
+
+def _command(options: Options, image: Image | None) -> tuple[str, ...]:
+    """As Docker puts it together: a command replaces the image's, an entrypoint stays before it;
+    another entrypoint leaves the image's command out."""
+    if image is None:
+        return options.command
+    if options.entrypoint is not None:
+        found = ((options.entrypoint,) if options.entrypoint else ()) + options.command
+    else:
+        found = (*image.entrypoint, *(options.command or image.command))
+    if not found or not found[0]:
+        raise UsageError(
+            f"image {image.name} names no command", hint="mis-run --image IMAGE -- CMD [ARG]…"
+        )
+    return found
 
 
 def check(plan: Plan) -> None:
@@ -140,8 +167,7 @@ def _with_options(profile: Profile, options: Options) -> Profile:
     return replace(profile, network=network, limits=replace(profile.limits, **given))
 
 
-def _check_workspace(options: Options, caller: Caller) -> None:
-    workdir = options.workdir
+def _check_workspace(workdir: Path, caller: Caller) -> None:
     hint = "cd into a project first, or name one: --workdir DIR"
     if str(workdir) in NOT_A_WORKSPACE or str(workdir) == caller.user.home:
         raise UsageError(
@@ -183,9 +209,14 @@ def _limits(limits: Limits, host: Host, waived: frozenset[Guarantee]) -> Limits:
 
 
 def _environment(
-    options: Options, profile: Profile, caller: Caller, masked: tuple[str, ...]
+    options: Options,
+    profile: Profile,
+    caller: Caller,
+    masked: tuple[str, ...],
+    image: Image | None = None,
 ) -> tuple[tuple[str, str], ...]:
-    """The agent's variables: a clean slate, what the profile passes on, then ``--env``."""
+    """The agent's variables: a clean slate, what the image sets, what the profile passes on, then
+    ``--env``. An image has its own PATH, and does not set what tells of mis-run."""
     # Homes are hidden whole, so programs in them cannot be found.
     hidden = ("/home", caller.user.home, *(path for path in masked if "*" not in path))
     inherited = caller.environ.get("PATH", DEFAULT_PATH).split(":")
@@ -196,17 +227,16 @@ def _environment(
     ]
     path += [entry for entry in DEFAULT_PATH.split(":") if entry not in path]
     env = {
-        "PATH": ":".join(path),
+        "PATH": DEFAULT_PATH if image else ":".join(path),
         "HOME": caller.user.home,
         "USER": caller.user.name,
         "LOGNAME": caller.user.name,
-        "MIS_PROFILE": profile.name,
-        "MIS_NETWORK": profile.network.mode.value,
-        "MIS_INFO": "/run/mis",
     }
-    for name in (*PASSED_ON, *profile.env):
-        if name in caller.environ:
-            env[name] = caller.environ[name]
+    env |= {name: caller.environ[name] for name in PASSED_ON if name in caller.environ}
+    env |= image.env if image else ()
+    env |= {name: caller.environ[name] for name in profile.env if name in caller.environ}
+    env |= {"MIS_PROFILE": profile.name, "MIS_NETWORK": profile.network.mode.value}
+    env |= {"MIS_INFO": "/run/mis"}
     env.update(options.env)
     return tuple(env.items())
 

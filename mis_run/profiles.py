@@ -10,6 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,19 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ProfileError(f"{path}:{line}: not UTF-8") from None
+
+
+def for_an_image(profile: Profile) -> Profile:
+    """The named sets as they mean an image: the system is all of it, and the host's secrets are
+    not in it (its /root and /var/log are its own)."""
+
+    def widened(entries: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple("/**" if entry == "@system" else entry for entry in entries)
+
+    files, programs = profile.files, profile.exec
+    denied = tuple(entry for entry in files.deny if entry != "@secrets")
+    return replace(
+        profile,
+        files=replace(files, read=widened(files.read), write=widened(files.write), deny=denied),
+        exec=replace(programs, allow=widened(programs.allow)),
+    )

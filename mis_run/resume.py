@@ -13,7 +13,7 @@ import pickle
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ class Known:
     sources: tuple[str, str]
     record: Path | None
     place: str  # of the cgroup in its hierarchies
+    container: str | None = None  # an engine's, by its id (`oci.attach`)
 
 
 @contextmanager
@@ -95,7 +96,12 @@ def attach(which: str) -> int:
         ) from None
     with ExitStack() as stack:
         beats, held = stack.enter_context(_take(path / SOCKET))
-        code = _supervise(stack, path, known, beats, held, facts)
+        if known.container is None:
+            code = _supervise(stack, path, known, beats, held, facts)
+        else:
+            from mis_run.oci import attach as containers
+
+            code = containers.run(stack, path, known, beats, held)
     gc.collect()
     return code
 
@@ -152,34 +158,15 @@ def _supervise(
     box = Box([], path.name, known.pid, lifeline)
     stack.callback(box.close)
     box.pty = held.get("pty")
-    tracker = Tracker(settings.defcon)
-    if (level := _last_level(known.record)) < tracker.level:
-        tracker.set(level)
-    stance = tracker.stance(enforce=settings.enforce)
-    maps = {name.removeprefix(MAPS): fd for name, fd in held.items() if name.startswith(MAPS)}
-    guard = on(
-        net.adopt(
-            plan.network,
-            maps,
-            known.sources,
-            enforce=settings.enforce,
-            closed=tracker.effects.destinations,
-        )
-    )
+    track = tracker(known)
+    guard = on(network(known, held, track))
     guard.canary_pid = known.pid
     guards: dict[str, Guard] = {"net": guard}
     if "seccomp" in held:
+        stance = track.stance(enforce=settings.enforce)
         guards["escape"] = on(escape.attach(held["seccomp"], stance))
     if known.policy is not None:
-        guards["file"] = on(
-            file.attach(
-                known.pid,
-                known.policy,
-                known.canary,
-                group=os.dup(held["fanotify"]),
-                stance=stance,
-            )
-        )
+        guards["file"] = on(files(known, held, track))
     counted = on(counters.attach(group.unified, settings.counters))
     follower = Follower(
         loop=loop,
@@ -188,7 +175,7 @@ def _supervise(
         cgroup=group,
         box=box,
         guards=guards,
-        tracker=tracker,
+        tracker=track,
         counters=counted,
         denials=Denials(path / "info"),
     )
@@ -206,7 +193,7 @@ def _supervise(
     on(supervise.signals(loop, follower.signal))
     follower.on_resize = on(terminal.relay(loop, box.pty))
     dog.start(follower.unwatched, follower.dog_says)
-    subject = {"supervisor": os.getpid(), "level": tracker.level}
+    subject = {"supervisor": os.getpid(), "level": track.level}
     record.write(Event(kind="run.attached", subject=subject))
     print(f"mis: supervising {path.name}: {' '.join(facts.get('command', []))}", file=sys.stderr)
     follower.follow()
@@ -216,6 +203,41 @@ def _supervise(
     last = {"ending": follower.ending.how, "code": follower.ending.code, **follower.measurements()}
     record.write(Event(kind="run.exit", subject=last))
     return follower.ending.code
+
+
+def tracker(known: Known) -> Tracker:
+    """DEFCON as it was: losing a supervisor resets nothing."""
+    found = Tracker(known.plan.profile.defcon)
+    if (level := _last_level(known.record)) < found.level:
+        found.set(level)
+    return found
+
+
+def network(
+    known: Known, held: Mapping[str, int], track: Tracker
+) -> AbstractContextManager[net.NetGuard]:
+    """The network guard, whose programs were attached all the time."""
+    return net.adopt(
+        known.plan.network,
+        {name.removeprefix(MAPS): fd for name, fd in held.items() if name.startswith(MAPS)},
+        known.sources,
+        enforce=known.plan.profile.enforce,
+        closed=track.effects.destinations,
+    )
+
+
+def files(
+    known: Known, held: Mapping[str, int], track: Tracker
+) -> AbstractContextManager[file.FileGuard]:
+    """The file guard, by the group that marks the container's mounts already."""
+    assert known.policy is not None
+    return file.attach(
+        known.pid,
+        known.policy,
+        known.canary,
+        group=os.dup(held["fanotify"]),
+        stance=track.stance(enforce=known.plan.profile.enforce),
+    )
 
 
 def _cgroup(run_id: str, known: Known) -> Cgroup:

@@ -12,7 +12,6 @@ Out of scope: what is mounted inside the container (`bundle`).
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,10 @@ from pathlib import Path
 from mis_run import host_sockets, masks
 from mis_run.errors import SetupError
 from mis_run.linux import libc
-from mis_run.model import Finding, Host, Plan, User
+from mis_run.model import Finding, Host, Plan
+from mis_run.upper import FRESH as FRESH
+from mis_run.upper import Layers
+from mis_run.upper import has_home as has_home
 
 # File systems that hold programs and data; the rest (proc, sysfs, bpf …) is the container's own.
 REAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "squashfs"})
@@ -30,13 +32,6 @@ REAL |= {"erofs", "virtiofs", "9p", "nfs", "nfs4", "bcachefs", "fuseblk"}
 # /var only itself, since below it container engines keep other people's roots mounted.
 WHOLE_TREES = ("/usr", "/opt", "/nix", "/gnu", "/bin", "/sbin", "/lib", "/lib64", "/lib32")
 ALONE = ("/var", "/etc")
-FRESH = {"/run": 0o755, "/tmp": 0o1777, "/var/tmp": 0o1777}
-"""Folders that start empty: the host's hold sockets and other people's files."""
-# Homes that system users have in passwd(5) and that are no homes.
-NO_HOMES = frozenset(
-    {"/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/nonexistent", "/opt", "/proc", "/run"}
-    | {"/sbin", "/srv", "/sys", "/tmp", "/usr", "/usr/bin", "/usr/sbin", "/var", "/var/lib"}
-)
 QUIET = libc.MS_NOSUID | libc.MS_NODEV
 DEFAULT_LAYER = 1 << 30  # bytes of the throw-away layer when the profile gives no size
 
@@ -83,38 +78,81 @@ def mount(plan: Plan, folder: Path, etc: Mapping[str, str]) -> Iterator[Root]:
     ``etc`` are files of the agent's own ``/etc`` (``resolv.conf``, ``hosts``, ``hostname``).
     The layer holds at most ``limits.scratch`` bytes.  Raises SetupError.
     """
-    lower = plan.rootfs or Path("/")
-    if not lower.is_dir():
-        raise SetupError(
-            f"--rootfs {lower}: no such folder",
-            hint="name a folder with a root file system, as debootstrap makes one",
-        )
     layer, merged = folder / "layer", folder / "root"
     layer.mkdir()
     merged.mkdir()
     with ExitStack() as stack:
+        lower = _lower(plan, folder)
         size = f"size={plan.limits.scratch or DEFAULT_LAYER},mode=700"
         _mount("the throw-away layer", "tmpfs", layer, QUIET, size, kind="tmpfs")
         stack.callback(libc.umount, str(layer), libc.MNT_DETACH)
-        try:
-            layers = Layers(lower, layer, separate(plan.host) if plan.rootfs is None else [])
-            emptied = layers.prepare(plan, etc)
-        except OSError as error:
-            raise SetupError(f"cannot prepare the throw-away layer: {error}") from error
+        own = plan.rootfs is None and plan.image is None
+        with _seen(lower, folder) as seen:
+            try:
+                layers = Layers(seen, layer, separate(plan.host) if own else [])
+                emptied = layers.prepare(plan, etc)
+            except OSError as error:
+                raise SetupError(f"cannot prepare the throw-away layer: {error}") from error
         for point, upper in layers.uppers.items():
             source, target = Path(f"{layers.lower}{point}" or "/"), Path(f"{merged}{point}")
-            if source.is_dir():
+            below = lower if not point else [source]
+            if not point or source.is_dir():
                 work = upper.with_name(f"{upper.name}.work")
-                data = f"lowerdir={_escape(source)},upperdir={upper},workdir={work}"
+                data = f"{_lowerdir(below)},upperdir={upper},workdir={work}"
                 if plan.uses("bpf-lsm"):  # its rules are on inodes: no two with one number
                     data += ",xino=on"
-                _mount(str(source), "overlay", target, QUIET, data, kind="overlay")
+                _mount(
+                    plan.image.name if plan.image else str(source),
+                    "overlay",
+                    target,
+                    QUIET,
+                    data,
+                    kind="overlay",
+                )
             else:  # one file bound from elsewhere, as container engines do for drivers
                 _mount(str(source), str(source), target, libc.MS_BIND)
                 flags = libc.MS_BIND | libc.MS_REMOUNT | libc.MS_RDONLY | QUIET
                 _mount(str(source), "none", target, flags)
             stack.callback(libc.umount, str(target), libc.MNT_DETACH)
         yield Root(merged, emptied)
+
+
+def _lower(plan: Plan, folder: Path) -> list[Path]:
+    """The folders under the throw-away layer, uppermost first; only images have several."""
+    if plan.image is not None:
+        from mis_run.images import cache  # late: most launches use none
+
+        return cache.take(plan.image, folder)
+    lower = plan.rootfs or Path("/")
+    if not lower.is_dir():
+        raise SetupError(
+            f"--rootfs {lower}: no such folder",
+            hint="name a folder with a root file system, as debootstrap makes one",
+        )
+    return [lower]
+
+
+@contextmanager
+def _seen(lower: Sequence[Path], folder: Path) -> Iterator[Path]:
+    """Those folders as one, to look things up in.
+
+    Only for as long as that takes: an overlay may not lie on an overlay on an overlay.
+    """
+    if len(lower) == 1:
+        yield lower[0]
+        return
+    view = folder / "image"
+    view.mkdir()
+    _mount("the image's layers", "overlay", view, QUIET, _lowerdir(lower), kind="overlay")
+    try:
+        yield view
+    finally:
+        libc.umount(str(view), libc.MNT_DETACH)
+        view.rmdir()
+
+
+def _lowerdir(folders: Sequence[Path]) -> str:
+    return f"lowerdir={':'.join(map(_escape, folders))}"
 
 
 def _mount(
@@ -137,98 +175,6 @@ def _escape(path: Path) -> str:
     for character in ("\\", ",", ":"):
         text = text.replace(character, f"\\{character}")
     return text
-
-
-class Layers:
-    """The upper layers while they are written, before they are part of overlays.
-
-    One lies over ``lower`` itself and one over each of ``points``, its separate file systems;
-    ``uppers`` is their folders by mount point (``""`` is the root), outer ones first.
-    """
-
-    def __init__(self, lower: Path, folder: Path, points: Sequence[str]) -> None:
-        self.lower = "" if lower == Path("/") else os.fspath(lower)
-        self.folder = folder
-        self.uppers: dict[str, Path] = {}
-        for point in ("", *sorted(points)):
-            self._add(point)
-
-    def _add(self, point: str) -> None:
-        upper = self.folder / str(len(self.uppers))
-        source = Path(f"{self.lower}{point}" or "/")
-        self.uppers[point] = upper
-        upper.with_name(f"{upper.name}.work").mkdir()
-        upper.mkdir()
-        if source.is_dir():
-            _like(source, upper)
-
-    def _place(self, path: str) -> str:
-        """Where ``path`` lies in the upper layer it belongs to, with the folders above it made
-        as they are in the layer below: the upper one's owner and mode are what counts."""
-        point = max((p for p in self.uppers if _within(path, p)), key=len)
-        upper, inside = self.uppers[point], path[len(point) :]
-        for parent in list(Path(inside).parents)[-2::-1]:
-            above, below = Path(f"{upper}{parent}"), Path(f"{self.lower}{point}{parent}")
-            if not os.path.lexists(above):
-                above.mkdir()
-                if below.is_dir():
-                    _like(below, above)
-        return f"{upper}{inside}"
-
-    def folder_at(self, path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
-        """An empty folder in place of what is at ``path``, whatever that is."""
-        path = masks.resolve(self.lower, path)
-        # A separate file system there or below is covered by simply not being mounted.
-        for point in [p for p in self.uppers if p and _within(p, path)]:
-            del self.uppers[point]
-        here = Path(self._place(path))
-        here.mkdir(exist_ok=True)
-        # Opaque: overlayfs does not merge it with the lower folder (overlayfs.rst).
-        os.setxattr(here, "trusted.overlay.opaque", b"y")
-        os.chown(here, uid, gid)
-        here.chmod(mode)
-
-    def file_at(self, path: str, text: str = "") -> None:
-        """A file with this text in place of what is at ``path``; a link there is replaced."""
-        folder, _, name = path.rpartition("/")
-        path = f"{masks.resolve(self.lower, folder).rstrip('/')}/{name}"
-        self.uppers.pop(path, None)
-        here = Path(self._place(path))
-        here.write_text(text)
-        here.chmod(0o444)
-
-    def prepare(self, plan: Plan, etc: Mapping[str, str]) -> dict[str, bool]:
-        """Write everything that the agent finds instead of the host's; what was emptied."""
-        emptied = masks.find_all(self.lower, plan.masked)
-        for path, is_folder in emptied.items():
-            if is_folder:
-                self.folder_at(path, 0o755)
-            else:
-                self.file_at(path)
-        for path, mode in FRESH.items():
-            self.folder_at(path, mode)
-        if has_home(plan.user):
-            self.folder_at(plan.user.home, 0o700, plan.user.uid, plan.user.gid)
-        for name, text in etc.items():
-            self.file_at(f"/etc/{name}", text)
-        return emptied
-
-
-def _within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(f"{folder}/")
-
-
-def _like(source: Path, target: Path) -> None:
-    """Give ``target`` the owner, mode, times and attributes of ``source``."""
-    facts = source.stat()
-    os.chown(target, facts.st_uid, facts.st_gid)
-    shutil.copystat(source, target)
-
-
-def has_home(user: User) -> bool:
-    """Whether the user's home gets an empty folder: programs expect one, and the real one is not
-    the agent's.  Some system users have ``/usr/sbin`` or ``/`` there; those stay as they are."""
-    return user.home.startswith("/") and user.home.rstrip("/") not in NO_HOMES | {""}
 
 
 def etc_files(resolvers: Sequence[str], hosts: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -254,24 +200,19 @@ def separate(host: Host) -> list[str]:
     return list(found)
 
 
-def shared(plan: Plan) -> dict[str, str]:
-    """What the agent shares with the host: where it sees it → where it is."""
-    return {str(plan.cwd): str(plan.cwd)} | {str(b.target): str(b.source) for b in plan.binds}
-
-
 def hidden(plan: Plan) -> dict[str, bool]:
     """path → is it a folder, of what must be covered by mounts: masked paths, and sockets of the
     host's services, in what is shared. What is itself bound was meant.
 
     The throw-away layer covers everything else (`Layers.prepare`).
     """
-    binds = shared(plan)
+    binds = {target: str(bind.source) for target, bind in plan.shared().items()}
     found: dict[str, bool] = {}
     for target, source in binds.items():
         if Path(source).is_dir():
             found |= masks.inside(source, target, plan.masked)
     for path in host_sockets.inside(binds):
-        if not any(folder and _within(path, above) for above, folder in found.items()):
+        if not any(folder and masks.within(path, above) for above, folder in found.items()):
             found[path] = False
     return {
         path: folder
@@ -282,7 +223,7 @@ def hidden(plan: Plan) -> dict[str, bool]:
 
 def _shown(path: str, binds: Mapping[str, str]) -> bool:
     """Whether it is there to be covered: not below another bind, which would get an empty file."""
-    target = max((target for target in binds if _within(path, target)), key=len)
+    target = max((target for target in binds if masks.within(path, target)), key=len)
     return os.path.lexists(f"{binds[target]}{path[len(target) :]}")
 
 
@@ -292,14 +233,14 @@ def protected(plan: Plan) -> list[str]:
     What does not exist cannot be mounted over without making it in the user's workspace; a link
     is left out because a mount would land on what it points to.
     """
-    writable = {str(plan.cwd): str(plan.cwd)}
-    writable |= {str(b.target): str(b.source) for b in plan.binds if not b.readonly}
     found = []
-    for target, source in writable.items():
+    for target, bind in plan.shared().items():
+        if bind.readonly:
+            continue
         for path in plan.protected:
             if not Path(path).is_relative_to(target) or path == target:
                 continue
-            inside = f"{source.rstrip('/')}/{Path(path).relative_to(target)}"
+            inside = f"{str(bind.source).rstrip('/')}/{Path(path).relative_to(target)}"
             if masks.resolve("", inside) == inside and os.path.lexists(inside):
                 found.append(path)
     return sorted(set(found))

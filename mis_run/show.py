@@ -57,14 +57,17 @@ def plan(made: Plan) -> str:
     lines = [
         f"command      {shlex.join(made.command)}",
         f"profile      {made.profile.name} ({made.profile.source or 'built in'})",
-        f"user         {made.user.name} ({made.user.uid}:{made.user.gid})",
-        f"workspace    {made.cwd} (read-write)",
-        f"root         {made.rootfs or '/'} (read-only, writes are thrown away)",
+        f"user         {_user(made)}",
+        f"workspace    {made.cwd} ({'read-write' if made.workspace else 'of the image'})",
+        f"root         {_root(made)} (read-only, writes are thrown away)",
     ]
+    if made.image:
+        lines.append(f"image        {made.image.digest}")
+        lines += [f"  layer      {digest}" for digest in made.image.layers]
     for bind in made.binds:
         mode = "read-only" if bind.readonly else "read-write"
         lines.append(f"bind         {bind.source} at {bind.target} ({mode})")
-    inside = [path for path in made.protected if path.startswith(f"{made.cwd}/")]
+    inside = [p for p in made.protected if made.workspace and p.startswith(f"{made.cwd}/")]
     lines += [f"protected    {path} (read-only)" for path in inside]
     lines.append(f"hidden       {', '.join(made.masked) or 'nothing'}")
     kind = {
@@ -87,6 +90,19 @@ def plan(made: Plan) -> str:
     lines.append("guarantees")
     lines += [f"  {_mechanism(made, mechanism)}" for mechanism in made.mechanisms]
     return "\n".join(lines)
+
+
+def _user(made: Plan) -> str:
+    user = made.user
+    if -1 in (user.uid, user.gid):
+        return f"{user.name} (of the image, looked up when it is unpacked)"
+    return f"{user.name} ({user.uid}:{user.gid})"
+
+
+def _root(made: Plan) -> str:
+    if made.image:
+        return f"image {made.image.name}"
+    return str(made.rootfs or "/")
 
 
 def _mechanism(made: Plan, mechanism: Mechanism) -> str:

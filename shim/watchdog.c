@@ -11,7 +11,7 @@
  *
  * Descriptors: 1 says "watching" once and is closed; 3 beats; 4 pidfd of the supervisor; 5 the
  * run's record.  Beats are datagrams: "beat"; "hold NAME" with a descriptor; "pause" (the supervisor
- * is stopped on purpose); "resume"; "bye" (normal end).  Answers: "late", "recovered".
+ * is stopped on purpose); "resume"; "drop NAME"; "bye" (normal end).  Answers: "late", "recovered".
  *
  * Until the first "beat" the launch is being set up, which takes as long as it takes: only the end
  * of the beats counts.  Lost means: no word for DEADLINE_MS, or the end of the beats without "bye".
@@ -20,7 +20,7 @@
  * GC-COMMAND.  What is held is closed last: opens that wait for a verdict wait until the end.
  *
  * open: the agent goes on without verdicts.  Opens are let through and counted ("fanotify"), calls
- * of the escape guard too ("seccomp"); the network's rules are the kernel's and stay in force.  The
+ * of the escape guard too ("seccomp…", one per filter); the network's rules are the kernel's and stay in force.  The
  * run's lock ("lock") keeps it from being cleaned up.  Whoever of root connects to the socket
  * "attach" gets everything that is held, becomes the supervisor, and its connection the beats.
  * When the agent's init ("init", a pidfd) ends, GC-COMMAND removes what is left.
@@ -67,6 +67,17 @@ static int held_as(const char *name)
 		if (!strcmp(held[n].name, name))
 			return held[n].fd;
 	return -1;
+}
+
+static void drop(const char *name)
+{
+	for (int n = 0; n < held_count; n++) {
+		if (strcmp(held[n].name, name))
+			continue;
+		close(held[n].fd);
+		held[n] = held[--held_count];
+		return;
+	}
 }
 
 static long now_ms(void)
@@ -280,33 +291,37 @@ static int hand_over(int listener)
 static void keep_open(const char *why, char **gc)
 {
 	struct sched_param ordinary = { 0 }, first = { .sched_priority = 1 };
-	struct pollfd watched[] = {
+	struct pollfd watched[3 + MOST_HELD] = {
 		{ .fd = held_as("init"), .events = POLLIN },
 		{ .fd = held_as("fanotify"), .events = POLLIN },
-		{ .fd = held_as("seccomp"), .events = POLLIN },
 		{ .fd = held_as("attach"), .events = POLLIN },
 	};
+	int count = 3, opens = 0, calls = 0;
 	long began = now_ms();
-	int opens = 0, calls = 0;
 	char words[64];
 
+	for (int n = 0; n < held_count; n++)
+		if (!strncmp(held[n].name, "seccomp", 7))
+			watched[count++] = (struct pollfd){ .fd = held[n].fd, .events = POLLIN };
 	end_supervisor();
 	say("open", why, 0);
 	dprintf(STDERR_FILENO, "mis-watchdog: %s: %s; it goes on UNGUARDED until: mis attach %s\n", run,
 		why, run);
 	sched_setscheduler(0, SCHED_OTHER, &ordinary); /* an agent's storm must not take the CPU */
 	for (;;) {
-		if (poll(watched, 4, -1) < 0)
+		if (poll(watched, count, -1) < 0)
 			continue;
 		if (watched[0].revents)
 			break;
 		if (watched[1].revents & POLLIN)
 			opens += let_opens_pass(watched[1].fd);
-		if (watched[2].revents & POLLIN)
-			calls += let_call_pass(watched[2].fd);
-		else if (watched[2].revents)
-			watched[2].fd = -1; /* nobody uses the filter any more */
-		if (watched[3].revents && hand_over(watched[3].fd))
+		for (int n = 3; n < count; n++) {
+			if (watched[n].revents & POLLIN)
+				calls += let_call_pass(watched[n].fd);
+			else if (watched[n].revents)
+				watched[n].fd = -1; /* nobody uses the filter any more */
+		}
+		if (watched[2].revents && hand_over(watched[2].fd))
 			break;
 	}
 	snprintf(words, sizeof(words), "%d opens, %d calls passed unjudged", opens, calls);
@@ -378,7 +393,9 @@ static const char *watch(long deadline, long beat)
 			return "the supervisor died";
 		if (!strcmp(word, "bye"))
 			return NULL;
-		if (strncmp(word, "hold", 4))
+		if (!strncmp(word, "drop ", 5))
+			drop(word + 5);
+		else if (strncmp(word, "hold", 4))
 			paused = !strcmp(word, "pause");
 		if (!late && !strcmp(word, "beat") && now - last > 2 * beat + deadline / 4) {
 			late = 1;

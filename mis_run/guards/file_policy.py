@@ -87,8 +87,10 @@ def build(plan: Plan, root: Root) -> Policy:
     """The policy of one run. Raises UsageError for a set or variable that does not exist."""
     maker = _Maker(plan, root)
     files, programs = plan.profile.files, plan.profile.exec
-    places = dict.fromkeys((*rootfs.FRESH, "/dev/shm", *_home(plan), str(plan.cwd)), True)
-    places |= {str(bind.target): not bind.readonly for bind in plan.binds}
+    places = dict.fromkeys((*rootfs.FRESH, "/dev/shm", *_home(plan)), True)
+    if plan.image:
+        places[""] = True  # who owns what in an image is its maker's choice
+    places |= {target: not bind.readonly for target, bind in plan.shared().items()}
     named = [f"{bind.target}/**" for bind in plan.binds] + [str(b.target) for b in plan.binds]
     # What stands empty in place of something hidden has only what the agent put there.
     emptied = [f"{path}/**" for path, folder in root.emptied.items() if folder]
@@ -139,7 +141,7 @@ class _Maker:
         self._root = str(root.path)
         self._path = dict(plan.env).get("PATH", "").split(":")
         # Longest first: where a path of the container lies on the host.
-        binds = rootfs.shared(plan)
+        binds = {target: str(bind.source) for target, bind in plan.shared().items()}
         self._binds = dict(sorted(binds.items(), key=lambda item: -len(item[0])))
         self._known: dict[str, str] = {}
 

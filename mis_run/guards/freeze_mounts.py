@@ -13,6 +13,7 @@ import errno
 import os
 import struct
 
+from mis_run import masks
 from mis_run.guards import marks
 from mis_run.linux import libc
 
@@ -33,7 +34,7 @@ def read_only(pid: int, pidfd: int, kept: str) -> list[str]:
     The points that could not be changed: busy with writers, or gone.
     """
     try:
-        points = [m.point for m in marks.mounts(pid) if not _within(m.point, kept)]
+        points = [m.point for m in marks.mounts(pid) if not masks.within(m.point, kept)]
     except OSError as error:
         # It has ended, and its mounts with it (EINVAL: mounts_open_common, fs/proc_namespace.c).
         if error.errno in (errno.EINVAL, errno.ENOENT, errno.ESRCH):
@@ -55,10 +56,6 @@ def read_only(pid: int, pidfd: int, kept: str) -> list[str]:
     if len(found) != len(points):
         return points  # it could not even enter
     return [point for point, error in zip(points, found, strict=True) if error]
-
-
-def _within(point: str, folder: str) -> bool:
-    return f"{point}/".startswith(f"{folder}/")
 
 
 def _change(point: str) -> int:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mis_run import profiles, state
-from mis_run.errors import SetupError, UsageError
+from mis_run.errors import GuardLost, MisError, SetupError, UsageError
 from mis_run.linux import memfd
 from mis_run.oci import dangers, edit, guardian, operator, planning, runs, spec
 from mis_run.oci.operator import Operator
@@ -125,6 +125,15 @@ def _quiet(call: Call) -> tuple[str, ...]:
     return ("--root", root, "--log", os.devnull) if root else ("--log", os.devnull)
 
 
+def _init_of(call: Call) -> int:
+    """A pidfd of the held container's init. Raises GuardLost when nobody guards it any more."""
+    folder, _ = runs.live(call)
+    try:
+        return os.pidfd_open(int(state.facts(Path(folder))["pid"]))
+    except (KeyError, OSError) as error:
+        raise GuardLost(f"container {call.container[:64]} ended before it began") from error
+
+
 def run(call: Call, runtime: str, decided: Operator) -> int:
     """``run``: create, start, and unless detached wait for the end and remove."""
     found = spec.read(_bundle(call))
@@ -139,14 +148,16 @@ def run(call: Call, runtime: str, decided: Operator) -> int:
 
         subreaper()  # the container's init becomes our child when the OCI runtime has made it
     create(call, runtime, decided)
+    try:
+        pidfd = _init_of(call)  # before the start: a short container takes its guard along
+    except MisError:
+        remove(call, runtime)
+        raise
     if code := runs.run_and_wait(runtime, *call.base, "start", call.container):
         remove(call, runtime)
         return code
     if detached:
         return 0
-    folder, _ = runs.live(call)
-    pid = int(state.facts(Path(folder))["pid"])
-    pidfd = os.pidfd_open(pid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda n, _: signal.pidfd_send_signal(pidfd, n))
     status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)

@@ -19,6 +19,7 @@ from mis_run.oci import seccomp_merge
 from mis_run.oci.spec import Spec
 
 RESOLV_CONF = "/etc/resolv.conf"
+HOOK = "mis-oci-hook"
 SWAP = (
     Path("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes"),
     Path("/sys/fs/cgroup/cgroup.controllers"),
@@ -54,12 +55,29 @@ def apply(spec: Spec, plan: Plan, inside: Inside) -> dict[str, Any]:
     mounts.append(bundle.bound(inside.info, bundle.INFO, "ro", "rprivate"))
     pins, readonly = _protected(plan, mounts)
     data["mounts"] = [*mounts, *pins]
+    if data.get("hooks"):
+        data["hooks"] = without_our_hook(data["hooks"])
     linux["maskedPaths"] = _union(
         linux.get("maskedPaths"),
         [*bundle.MASKED_PATHS, *bundle.MASKED_FROM_ROOT, *_hidden(spec, plan)],
     )
     linux["readonlyPaths"] = _union(linux.get("readonlyPaths"), [*bundle.READONLY_PATHS, *readonly])
     return data
+
+
+def without_our_hook(hooks: Mapping[str, Any]) -> dict[str, Any]:
+    """The hooks of each stage without `hook`'s: the runtime guards more than that could.
+
+    What is malformed stays as it is, for the OCI runtime to refuse.
+    """
+
+    def ours(one: Any) -> bool:
+        return isinstance(one, dict) and PurePosixPath(str(one.get("path"))).name == HOOK
+
+    return {
+        stage: [one for one in found if not ours(one)] if isinstance(found, list) else found
+        for stage, found in hooks.items()
+    }
 
 
 def uses_our_resolver(plan: Plan) -> bool:

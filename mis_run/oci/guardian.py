@@ -50,10 +50,7 @@ class Guardian:
     def _hear(self, word: str) -> Any:
         if not select.select([self._channel], [], [], PATIENCE)[0]:
             raise SetupError(f"the supervisor said nothing in {PATIENCE:g} s", hint=f"see {LOG}")
-        try:
-            raw = self._channel.recv(MESSAGE)
-        except ConnectionError:
-            raw = b""
+        raw = self._receive() or b""
         if not raw:
             raise SetupError("the supervisor ended without a word", hint=f"see {LOG}")
         words = json.loads(raw)
@@ -62,6 +59,17 @@ class Guardian:
             error.exit_code = int(words["code"])
             raise error
         return words[word]
+
+    def _receive(self) -> bytes | None:
+        """The next word; nothing at the end.
+
+        A supervisor that has ended with our pid unread is reported first, once, and before its
+        last words, which are still there (unix_release_sock: ECONNRESET).
+        """
+        for _ in range(2):
+            with suppress(ConnectionError):
+                return self._channel.recv(MESSAGE)
+        return None
 
 
 class _Caller:

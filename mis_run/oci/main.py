@@ -119,7 +119,7 @@ def complain(error: MisError, argv: Sequence[str]) -> None:
 
 def _value(name: str, argv: Sequence[str]) -> str | None:
     """A global option's value, also of words that as a whole could not be understood."""
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in zip(argv, [*argv[1:], None], strict=False):
         bare, given, value = word.removeprefix("-").removeprefix("-").partition("=")
         if word.startswith("-") and bare == name:
             return value if given else following

@@ -32,6 +32,7 @@ LOOSENINGS: Mapping[str, str] = {
     "host-ipc": "the host's shared memory and queues (--ipc host)",
     "host-paths": "service sockets and system folders of the host as volumes",
     "audit": "profiles that only record ([mode] enforce = false)",
+    "on-loss-open": "containers that outlive their supervisor (liveness.on_loss = 'open')",
 }
 """What containers may not have unless the operator's file lists it under ``allow``."""
 

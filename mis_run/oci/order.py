@@ -24,6 +24,7 @@ class Order:
     root: str  # the OCI runtime's state directory, within which the container's id is unique
     runtime: Path  # which makes the container, and will be asked again
     sealed: bool  # whether its pid namespace is new, so that memory files can be sealed in it
+    by_hook: bool = False  # the engine's own runtime makes it: only a hook's guards are possible
 
     @property
     def capabilities(self) -> list[str]:

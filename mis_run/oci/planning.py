@@ -27,6 +27,7 @@ from mis_run.model import (
     User,
 )
 from mis_run.oci.operator import Operator
+from mis_run.oci.order import Order
 from mis_run.oci.spec import Spec
 from mis_run.plan import need, possible
 
@@ -35,12 +36,38 @@ ENGINES_RESOLVER = "127.0.0.11"
 
 BASICS = ("root", "cgroup-v2", "runtime", "cgroup-bpf", "seccomp-notify")
 """Without these there is nothing to guard a container with."""
+HOOK_BASICS = ("root", "cgroup-v2", "cgroup-bpf")
 
 SKETCH = Host(mechanisms={}, cgroup="", unified=None, controllers={}, runtime=None)
 """A machine that nobody has looked at: enough for what a configuration needs of a plan. The
 supervisor makes the plan that is checked, while the OCI runtime works."""
 
 NOT_HERE = Finding(False, "not given to containers of an engine yet", "leave it out of [require]")
+
+
+BY_HOOK = Finding(
+    False,
+    "an OCI hook cannot give it",
+    "use the runtime (--runtime mis), or waive it in the hook's file: --allow-missing",
+)
+HOOKS = frozenset({Guarantee.NET, Guarantee.COUNTERS, Guarantee.LIVENESS})
+"""What a hook can give: all that needs nothing but the container's cgroup."""
+
+
+def of(order: Order, host: Host) -> Plan:
+    """The plan for an order. Raises UsageError as `make`, and for what a hook cannot do."""
+    plan = make(order.profile, order.spec, order.operator, host, order.name)
+    if not order.by_hook:
+        return plan
+    for text in plan.network.allow:
+        if rules.parse(text).name:
+            raise UsageError(
+                f"profile {plan.profile.name}: network rule {text!r} is by name, and only the "
+                "runtime can give a container our resolver",
+                hint="use the runtime (--runtime mis), or addresses",
+            )
+    found = [m if m.guarantee in HOOKS else replace(m, finding=BY_HOOK) for m in plan.mechanisms]
+    return replace(plan, mechanisms=tuple(found))
 
 
 def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str | None) -> Plan:
@@ -51,7 +78,7 @@ def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str
     cwd = Path(str(spec.at("process.cwd", "/")))
     home = variables.get("HOME", "/root")
     facts = {"HOME": home, "WORKSPACE": str(cwd)}
-    profile = _for_an_image(profile)
+    profile = profiles.for_an_image(profile)
     user = spec.at("process.user", {})
     return Plan(
         name=name,
@@ -70,22 +97,7 @@ def make(profile: Profile, spec: Spec, operator: Operator, host: Host, name: str
         limits=_limits(profile.limits, host),
         host=host,
         waived=operator.waived - operator.minimum,
-    )
-
-
-def _for_an_image(profile: Profile) -> Profile:
-    """The named sets as they mean an image: the system is all of it, and the host's secrets are
-    not in it (its /root and /var/log are its own)."""
-
-    def widened(entries: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple("/**" if entry == "@system" else entry for entry in entries)
-
-    files, programs = profile.files, profile.exec
-    denied = tuple(entry for entry in files.deny if entry != "@secrets")
-    return replace(
-        profile,
-        files=replace(files, read=widened(files.read), write=widened(files.write), deny=denied),
-        exec=replace(programs, allow=widened(programs.allow)),
+        workspace=False,  # one of the binds, or not the host's at all
     )
 
 
@@ -113,10 +125,11 @@ def _with_operator(profile: Profile, operator: Operator) -> Profile:
             f"profile {profile.name} only records ([mode] enforce = false)",
             hint='the operator can allow that for containers: allow = ["audit"]',
         )
-    if profile.liveness.on_loss is OnLoss.OPEN:
+    if profile.liveness.on_loss is OnLoss.OPEN and "on-loss-open" not in operator.allow:
         raise UsageError(
-            f"profile {profile.name}: liveness.on_loss = 'open' is not possible for containers",
-            hint="use 'closed': the container ends with its supervisor",
+            f"profile {profile.name}: liveness.on_loss = 'open' would let a container run on "
+            "unguarded",
+            hint='the operator can allow that for containers: allow = ["on-loss-open"]',
         )
     return replace(profile, require=profile.require - operator.waived | operator.minimum)
 
@@ -165,9 +178,9 @@ def _mechanisms(profile: Profile, host: Host) -> list[Mechanism]:
     return found
 
 
-def check(plan: Plan) -> None:
+def check(plan: Plan, *, by_hook: bool = False) -> None:
     """Raise MissingGuarantee unless this host gives every basic and every required guarantee."""
-    need(plan.host, BASICS, "guard a container")
+    need(plan.host, HOOK_BASICS if by_hook else BASICS, "guard a container")
     for mechanism in plan.mechanisms:
         if not mechanism.finding.ok and mechanism.guarantee in plan.profile.require:
             raise MissingGuarantee(

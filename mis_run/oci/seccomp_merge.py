@@ -8,8 +8,9 @@ conditions that cannot be compared refuse the container: a guess here would be a
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mis_run import seccomp
@@ -27,7 +28,7 @@ SURE = frozenset({*escape_rules.DENIED, *escape_rules.ABSENT, "clone", "unshare"
 
 CLONE_MASK = 0x7E020000  # moby's: every CLONE_NEW* flag of clone(2)
 # Values of the first argument that our rules let pass: an engine that has conditions must let all
-# of them pass too, else ours would be wider.
+# of them pass too, else ours would be wider. Of netlink they let one protocol pass, see `_points`.
 WITNESSES: Mapping[str, Sequence[int]] = {
     "socket": (escape_rules.AF_UNIX, escape_rules.AF_INET)
     + (escape_rules.AF_INET6, escape_rules.AF_NETLINK),
@@ -106,6 +107,12 @@ def _over_ours(
     denied = {name for rule in rules if rule["action"] not in PERMISSIVE for name in rule["names"]}
     made = seccomp.profile(ours, left_out=NAMES)
     trimmed = [_narrowed(rule, denied, enforce=enforce) for rule in made["syscalls"]]
+    # As the engine denies them: which error a program meets is the engine's to say.
+    trimmed += [
+        {**rule, "names": [name for name in rule["names"] if name not in NAMES]}
+        for rule in rules
+        if rule["action"] not in PERMISSIVE and not rule.get("args")
+    ]
     return {**made, "syscalls": [rule for rule in trimmed if rule["names"]]}
 
 
@@ -131,13 +138,19 @@ def _allows(name: str, rules: Sequence[Rule]) -> bool:
     allowing = [rule for rule in mine if rule["action"] in PERMISSIVE]
     if not allowing or any(not rule.get("args") for rule in mine if rule not in allowing):
         return False  # denied outright, or by the default action
-    if len(allowing) == len(mine):
-        conditions = [rule.get("args") or [] for rule in allowing]
-        witnesses = WITNESSES.get(name)
-        if [] in conditions or (name == "clone" and any(map(_no_namespace, conditions))):
-            return True
-        if witnesses and all(any(_holds(c, v) for c in conditions) for v in witnesses):
-            return True
+    conditions = [rule.get("args") or [] for rule in allowing]
+    if len(allowing) == len(mine) and (
+        [] in conditions or (name == "clone" and any(map(_no_namespace, conditions)))
+    ):
+        return True
+    refusals = [rule.get("args") or [] for rule in mine if rule not in allowing]
+    points = _points(name, [*conditions, *refusals])
+    if points and all(
+        any(_holds(condition, point) for condition in conditions)
+        and not any(_may_hold(refusal, point) for refusal in refusals)
+        for point in points
+    ):
+        return True
     raise UsageError(
         f"seccomp: the profile's conditions on {name} cannot be merged with the escape guard's",
         hint=f"allow {name} without conditions there, since the guard has its own; or deny it",
@@ -150,19 +163,44 @@ def _no_namespace(condition: Sequence[Rule]) -> bool:
     return [{"valueTwo": 0, **part} for part in condition] == [wanted]
 
 
-def _holds(condition: Sequence[Rule], value: int) -> bool:
-    """Whether ``condition`` is on the first argument only, and true for ``value``."""
-    compare = {
-        "SCMP_CMP_EQ": lambda wanted: value == wanted,
-        "SCMP_CMP_NE": lambda wanted: value != wanted,
-        "SCMP_CMP_LT": lambda wanted: value < wanted,
-        "SCMP_CMP_LE": lambda wanted: value <= wanted,
-        "SCMP_CMP_GT": lambda wanted: value > wanted,
-        "SCMP_CMP_GE": lambda wanted: value >= wanted,
-    }
-    return all(
-        part.get("index") == 0
-        and part["op"] in compare
-        and compare[part["op"]](part.get("value", 0))
-        for part in condition
-    )
+def _points(name: str, conditions: Sequence[Sequence[Rule]]) -> list[Mapping[int, int]]:
+    """Arguments (index → value) that stand for all that our rules let pass, as far as comparisons
+    of the first and the third argument with constants can tell them apart."""
+    if name != "socket":
+        return [{0: value} for value in WITNESSES.get(name, ())]
+    parts = [part for condition in conditions for part in condition if part.get("index") == 2]
+    values = {part.get("value", 0) + step for part in parts for step in (-1, 0, 1)}
+    edges = sorted(value for value in {*values, 0} if value >= 0)
+    return [
+        {0: family, 2: protocol}
+        for family in WITNESSES[name]
+        for protocol in (
+            edges if family != escape_rules.AF_NETLINK else [escape_rules.NETLINK_ROUTE]
+        )
+    ]
+
+
+COMPARE: Mapping[str, Callable[[int, int], bool]] = {
+    "SCMP_CMP_EQ": operator.eq,
+    "SCMP_CMP_NE": operator.ne,
+    "SCMP_CMP_LT": operator.lt,
+    "SCMP_CMP_LE": operator.le,
+    "SCMP_CMP_GT": operator.gt,
+    "SCMP_CMP_GE": operator.ge,
+}
+
+
+def _part(part: Rule, point: Mapping[int, int]) -> bool | None:
+    """Whether one comparison is true at ``point``; None where that cannot be said."""
+    compare, value = COMPARE.get(part["op"]), point.get(part.get("index", 0))
+    return None if compare is None or value is None else compare(value, part.get("value", 0))
+
+
+def _holds(condition: Sequence[Rule], point: Mapping[int, int]) -> bool:
+    """Whether ``condition`` is certainly true at ``point``."""
+    return all(_part(part, point) for part in condition)
+
+
+def _may_hold(condition: Sequence[Rule], point: Mapping[int, int]) -> bool:
+    """Whether ``condition`` is not certainly false at ``point``."""
+    return all(_part(part, point) is not False for part in condition)

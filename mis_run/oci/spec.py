@@ -133,15 +133,21 @@ def load(path: Path, shape: Mapping[str, type]) -> dict[str, Any]:
             raw = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", hint="is --bundle right?") from None
-    if len(raw) > MOST_BYTES:
-        raise UsageError(f"{path}: larger than {MOST_BYTES >> 20} MiB")
+    data = parse(raw, MOST_BYTES, str(path))
+    check(Spec(path.parent, data), path, shape)
+    return data
+
+
+def parse(raw: bytes, most: int, what: str) -> dict[str, Any]:
+    """The JSON object in at most ``most`` bytes. Raises UsageError, which names ``what``."""
+    if len(raw) > most:
+        raise UsageError(f"{what}: larger than {most >> 20} MiB")
     try:
         data = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not JSON: {error}") from None
+        raise UsageError(f"{what}: not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise UsageError(f"{path}: not an object")
-    check(Spec(path.parent, data), path, shape)
+        raise UsageError(f"{what}: not an object")
     return data
 
 

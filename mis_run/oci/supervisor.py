@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -35,7 +36,7 @@ from mis_run.guards import counters, escape, file, file_policy, net
 from mis_run.guards.file_policy import Policy
 from mis_run.later import Later
 from mis_run.linux import memfd
-from mis_run.model import NetMode, NetPlan, Plan
+from mis_run.model import NetMode, NetPlan, OnLoss, Plan
 from mis_run.oci import container, planning, runs
 from mis_run.oci.order import CANARY, Caller, Order, Place
 from mis_run.rootfs import Root
@@ -62,6 +63,12 @@ def policy_of(plan: Plan) -> Policy:
 
 class Watcher(Follower):
     """Follows a container whose exit code its engine learns, not we."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.listeners: set[int] = set()  # one per filter: the container's, and each exec's
+        self.on_listener: Callable[[int], None] = lambda number: None
+        self.on_listener_gone: Callable[[int], None] = lambda number: None
 
     def go(self, streams: tuple[int, int, int] | None = None) -> None:
         """The engine starts it whenever it wants, with streams of its own."""
@@ -104,12 +111,16 @@ class Watcher(Follower):
         )
         number = guard.fileno()
         self.guards = {**self.guards, f"escape-{number}": guard}
+        self.listeners.add(listener)
+        self.on_listener(listener)
 
         def serve() -> None:
             self.emit(guard.read())
             if guard.over:  # that process and its children are gone
                 self.loop.remove(number)
                 self.guards = {k: v for k, v in self.guards.items() if v is not guard}
+                self.listeners.discard(listener)
+                self.on_listener_gone(listener)
                 stack.close()
 
         self.loop.add(number, serve)
@@ -143,8 +154,8 @@ def _guarded(
         loading = Later(lambda: net.load(_network(order), enforce=enforce))
         stack.callback(loading.wait)
         machine = host.probe()
-        plan = planning.make(order.profile, order.spec, order.operator, machine, order.name)
-        planning.check(plan)
+        plan = planning.of(order, machine)
+        planning.check(plan, by_hook=order.by_hook)
         resolver = own_address(run_dir.id)
         briefing.write(plan, place.info)
         place.resolv_conf.write_text(names.resolv_conf(resolver))
@@ -163,11 +174,13 @@ def _guarded(
             )
         )
         guard = on(net.attach(group.unified, loading.result()))
-        container.check_filter(pid)
         if order.sealed:
             memfd.seal(box.pidfd)
         tracker = Tracker(settings.defcon)
-        first = runtime.receive(place.listener)
+        first = None
+        if not order.by_hook:
+            container.check_filter(pid)
+            first = runtime.receive(place.listener)
         policy = files = None
         if plan.uses("fanotify"):
             info = (place.info / CANARY).stat()
@@ -201,22 +214,30 @@ def _guarded(
 
         stack.callback(close)
         watcher.watch()
-        watcher.guard(first)
+        if first is not None:
+            watcher.guard(first)
         with container.canary(box, group) as guard.canary_pid:
             guard.verify(box.probe)
             if files is not None:
                 files.beat(box.probe)
         guard.canary_pid = 0
         counted.ready()
-        watcher.listen(place.listener)
-        dog.watching({"fanotify": files.group} if files else {})
+        if not order.by_hook:
+            watcher.listen(place.listener)
         netns = None
         if plan.network.mode is not NetMode.HOST:
             netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, netns)
+        held = {"fanotify": files.group} if files else {}
+        if settings.liveness.on_loss is OnLoss.OPEN:
+            from mis_run.oci import attach
+
+            held |= on(attach.offer(watcher, dog, guard, run_dir, policy, netns))
+        dog.watching(held)
         on(
             names.serve_plan(
-                plan.network,
+                # Whom a hook guards asks the engine's resolver, as far as rules allow that.
+                replace(plan.network, mode=NetMode.NONE) if order.by_hook else plan.network,
                 netns,
                 guard.update,
                 watcher.emit_soon,
@@ -243,4 +264,4 @@ def _guarded(
 def _network(order: Order) -> NetPlan:
     """The network rules, which need nothing of the machine but its addresses."""
     here = replace(planning.SKETCH, addresses=network.host_addresses())
-    return planning.make(order.profile, order.spec, order.operator, here, None).network
+    return planning.of(order, here).network

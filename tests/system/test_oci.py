@@ -163,7 +163,7 @@ def test_what_containers_cannot_have_is_refused(runtime: Runtime) -> None:
     bundle = runtime.bundle("true", annotations={"mis.profile": "dog"})
     done = runtime("create", "--bundle", str(bundle), "bad")
     assert done.returncode == 2
-    assert "on_loss = 'open' is not possible" in runtime.message()
+    assert "on_loss = 'open' would let a container run on" in runtime.message()
 
 
 WITHOUT_FILTER = """#!/bin/sh
@@ -173,6 +173,26 @@ for word; do
 done
 exec runc "$@"
 """
+
+
+SLOW_TO_START = """#!/bin/sh
+# An OCI runtime that comes back from `start` when the container is long gone.
+runc "$@"
+code=$?
+for word; do [ "$word" != start ] || sleep 1; done
+exit $code
+"""
+
+
+def test_a_container_shorter_than_its_start(runtime: Runtime) -> None:
+    """``run`` knows its exit code even if it ended, guard and all, before `start` came back."""
+    fake = runtime.folder / "runc-slow"
+    fake.write_text(SLOW_TO_START)
+    fake.chmod(0o755)
+    runtime.operator(f'runtime = "{fake}"\n')
+    done = runtime("run", "--bundle", str(runtime.bundle("sh", "-c", "exit 5")), "short")
+    assert done.returncode == 5, done.stderr
+    assert runtime("list", "-q").stdout == ""
 
 
 def test_without_a_supervisor_no_container(runtime: Runtime) -> None:

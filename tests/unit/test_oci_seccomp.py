@@ -49,9 +49,22 @@ DOCKER = engine(
 )
 # Newer ones: no vsock. And one that allows next to nothing.
 NEWER = engine(*DOCKER["syscalls"][1:], rule(ORDINARY), rule(["socket"], on(40, "NE")))
+# podman's: no netlink audit, in three rules of which one says no.
+PODMAN = engine(
+    *DOCKER["syscalls"][1:],
+    rule([*ORDINARY, "seccomp", "memfd_create"]),
+    rule(["socket"], on(16), on(9, index=2), action="ERRNO") | {"errnoRet": errno.EINVAL},
+    rule(["socket"], on(9, "NE", index=2)),
+    rule(["socket"], on(16, "NE")),
+    rule(["socket"], on(9, "NE", index=2)),
+)
 TINY = engine(rule(["read", "write", "exit_group", "execve", "openat"]))
-OPEN = engine(rule(["ptrace", "read"], action="ERRNO"), default="ALLOW")
-ENGINES = {"docker": DOCKER, "newer": NEWER, "tiny": TINY, "open": OPEN}
+OPEN = engine(
+    rule(["ptrace", "read"], action="ERRNO"),
+    rule(["getcwd"], action="ERRNO") | {"errnoRet": 42},
+    default="ALLOW",
+)
+ENGINES = {"docker": DOCKER, "newer": NEWER, "podman": PODMAN, "tiny": TINY, "open": OPEN}
 
 
 @cache
@@ -111,7 +124,7 @@ def own() -> Program:
     return compiled(seccomp.profile(escape_rules.notify_rules(), left_out=NAMES)["syscalls"])
 
 
-@pytest.mark.parametrize("name", ["docker", "newer"])
+@pytest.mark.parametrize("name", ["docker", "newer", "podman"])
 def test_ordinary_calls_still_run(name: str) -> None:
     """The controls: what every program does passes, and the guard sees what it should."""
     merged = program(name, True)
@@ -140,6 +153,15 @@ def test_only_the_native_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         engine(rule(["socket"], on(1, index=1))),  # a condition we cannot compare
         engine(rule(["socket"], on(1))),  # allows less than the guard would
+        engine(rule(["socket"], on(9, "NE", index=2))),  # less than the guard for every family
+        engine(rule(["socket"], on(7, "GE", index=2)), rule(["socket"], on(5, "LT", index=2))),
+        # A rule that says no where the guard would say yes, or might.
+        engine(rule(["socket"], on(16, "NE")), rule(["socket"], on(2), action="ERRNO")),
+        engine(
+            rule(["socket"], on(16, "NE")),
+            rule(["socket"], on(16)),
+            rule(["socket"], on(3, index=1), action="ERRNO"),
+        ),
         engine(rule(["mount"], on(1))),
         engine(rule(["clone"], on(0x10000000, "MASKED_EQ"))),
         engine(rule(["socket"]), rule(["socket"], on(1), action="ERRNO")),
@@ -157,3 +179,8 @@ def test_what_cannot_be_merged_is_refused(bad: dict[str, Any]) -> None:
     """A guess would be a hole, or take something away that nobody mentioned."""
     with pytest.raises(UsageError, match="seccomp"):
         merge(bad, enforce=True, sealed=False)
+
+
+def test_the_engines_error_is_kept() -> None:
+    """Where the engine denies, a program meets the error that the engine chose."""
+    assert interpret(program("open", True), abi.number("getcwd"), ARCH, [0] * 6) == ERRNO | 42
