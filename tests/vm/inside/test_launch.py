@@ -226,7 +226,11 @@ def test_all_of_us_are_killed(workspace: Path) -> None:
     options = profile(workspace, "[defcon]\nact = false\n")
     argv = [*MIS_RUN, *options, "--", "/usr/bin/python3", "-I", "-c", LOOP]
     with subprocess.Popen(argv, cwd=workspace, stdin=-3, stdout=-3, stderr=-3) as supervisor:
-        wait_for(lambda: counts(workspace) and counts(workspace)[0] > 20, 30)
+        try:
+            wait_for(lambda: counts(workspace) and counts(workspace)[0] > 20, 80)
+        except AssertionError:
+            supervisor.terminate()
+            raise
         ours = children(supervisor.pid)
         # The shim is the child that has children: the agent.
         (shim,) = (pid for pid in ours if children(pid))
@@ -293,8 +297,8 @@ def test_levels_of_an_operator(workspace: Path) -> None:
     options = (*profile(workspace, ""), "--name", "levels")
     argv = [*MIS_RUN, *options, "--", "sh", "-c", script]
     with subprocess.Popen(argv, cwd=workspace, stdin=-3, stdout=-1, stderr=-1, text=True) as agent:
-        wait_for((workspace / "ready").exists, 25)
+        wait_for((workspace / "ready").exists, 80)
         assert mis("defcon", "levels", "3").returncode == 0
         (workspace / "go").touch()
-        out, err = agent.communicate(timeout=30)
+        out, err = agent.communicate(timeout=60)
     assert out.split() == ["calm", "inside", "refused"], err
