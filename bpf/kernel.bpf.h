@@ -120,6 +120,7 @@ struct task_struct {
 #define EPERM 1
 #define EXDEV 18
 #define S_IFMT 0170000
+#define S_IFDIR 0040000
 #define S_IFCHR 0020000
 #define S_IFBLK 0060000
 #define FMODE_READ 0x1

@@ -64,8 +64,10 @@ int BPF_PROG(mis_task_alloc, struct task_struct *task)
 	if (!from)
 		return 0;
 	to = bpf_task_storage_get(&scopes, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (to) /* without it the child looks for itself */
+	if (to) { /* without it the child looks for itself */
 		*to = *from;
+		to->act = 0; /* it has repeated nothing yet */
+	}
 	return 0;
 }
 

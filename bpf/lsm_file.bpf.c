@@ -3,7 +3,7 @@
  * The kernel plane, files: their content and attributes.
  *
  *   hook                        when                                       right
- *   file_open                   open(2) of all kinds, io_uring, execve(2)  READ, WRITE; EXEC
+ *   file_open                   open(2) of all kinds, io_uring, execve(2)  READ, WRITE, LIST; EXEC
  *   file_receive                a descriptor arrives over a socket         READ, WRITE
  *   mmap_file, file_mprotect    executable memory of a file                EXEC not denied
  *                               memory writable and executable             by level or flag
@@ -47,7 +47,8 @@ static __always_inline __u32 rights_of(const struct file *file)
 	if (mode & FMODE_PATH) /* names a file, and opens nothing */
 		return 0;
 	if (mode & FMODE_READ)
-		rights |= MIS_READ;
+		rights |= (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) == S_IFDIR ? MIS_LIST :
+										       MIS_READ;
 	if (mode & FMODE_WRITE)
 		rights |= MIS_WRITE;
 	return rights ?: MIS_READ | MIS_WRITE; /* access mode 3: ioctl(2) alone, checked as both */
@@ -107,6 +108,7 @@ __noinline int executable(struct act *act)
 		return 1;
 	look(&walk, act, act->dentry, act->mount, MIS_EXEC);
 	act->rule = walk.number;
+	act->marks = walk.marks;
 	return !(walk.refused & MIS_EXEC);
 }
 

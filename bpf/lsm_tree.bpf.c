@@ -90,13 +90,16 @@ int BPF_PROG(mis_path_rmdir, const struct path *dir, struct dentry *dentry)
 /* Rights on the act's file that it would get by lying in `into`, and does not have now. */
 __noinline __u32 gained(struct act *act)
 {
-	struct walk here, there;
+	struct walk walk; /* one for both: the stack is 512 bytes for all calls together */
+	__u32 here;
 
 	if (!act)
 		return MIS_ALL;
-	look(&here, act, act->dentry, act->mount, MIS_ALL);
-	look(&there, act, act->into, act->mount, MIS_ALL);
-	return there.granted & ~here.granted;
+	look(&walk, act, act->dentry, act->mount, MIS_ALL);
+	here = walk.granted;
+	act->rule = walk.number;
+	look(&walk, act, act->into, act->mount, MIS_ALL);
+	return walk.granted & ~here;
 }
 
 /*

@@ -100,12 +100,15 @@ struct mis_net_event {
 #define MIS_EXEC 4
 #define MIS_CREATE 8 /* in a directory */
 #define MIS_DELETE 16
-#define MIS_ALL 31
+#define MIS_LIST 32 /* read a directory */
+#define MIS_ALL 63
 
 /* mis_rule.flags */
 #define MIS_WORKSPACE 1 /* writes here are no risk at a raised level */
 #define MIS_EXPLICIT 2 /* named in the profile itself, not by a set or a pattern */
 #define MIS_ANCHOR 4 /* a rule lies below: neither moved nor removed */
+#define MIS_CANARY 8 /* what we try ourselves: counted apart, no violation */
+#define MIS_FATAL 16 /* a denial goes to level 1 at once */
 
 /* mis_agent.flags */
 #define MIS_ENFORCE 1
@@ -213,6 +216,7 @@ struct mis_state {
 	__u64 audited;
 	__u64 killed;
 	__u64 lost; /* events: the ring buffer was full */
+	__u64 canaries; /* denials of what MIS_CANARY marks */
 };
 
 /* One for the machine. */
@@ -226,6 +230,10 @@ struct mis_scope {
 	__u64 epoch;
 	__u64 cgroup;
 	__u64 agent; /* 0: none */
+	/* Its last violation, when that began to repeat, and how often it did. */
+	__u64 act;
+	__u64 began;
+	__u64 times;
 };
 
 #define MIS_PATH 256

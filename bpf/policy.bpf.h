@@ -37,6 +37,7 @@ struct walk {
 	__u32 number; /* rule that decided the asked rights, or the first that refused one */
 	__u32 flags; /* that all deciding rules have */
 	__u32 refused;
+	__u32 marks; /* MIS_CANARY, MIS_FATAL: of the rules that refused */
 };
 
 static __always_inline void decide(struct walk *walk, const struct mis_rule *rule)
@@ -50,6 +51,8 @@ static __always_inline void decide(struct walk *walk, const struct mis_rule *rul
 	if (!(decided & walk->asked))
 		return;
 	walk->flags &= rule->flags;
+	if (denied & walk->asked)
+		walk->marks |= rule->flags & (MIS_CANARY | MIS_FATAL);
 	if (!(walk->refused & ~denied & walk->asked))
 		walk->number = rule->number;
 }
@@ -114,6 +117,7 @@ static __always_inline void look(struct walk *walk, const struct act *act, struc
 	walk->number = MIS_RULE_DEFAULT;
 	walk->flags = MIS_WORKSPACE | MIS_EXPLICIT;
 	walk->refused = 0;
+	walk->marks = 0;
 	bpf_loop(HIGHEST, climb, walk, 0);
 }
 
@@ -164,6 +168,7 @@ __noinline int permitted(struct act *act)
 	}
 	look(&walk, act, act->dentry, act->mount, act->right);
 	act->rule = walk.number;
+	act->marks = walk.marks;
 	if ((walk.granted & act->right) != act->right)
 		return 0;
 	if (!raised(act, &walk, act->right))

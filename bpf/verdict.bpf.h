@@ -20,6 +20,7 @@ struct state {
 	__u64 audited;
 	__u64 killed;
 	__u64 lost;
+	__u64 canaries;
 };
 
 _Static_assert(sizeof(struct state) == sizeof(struct mis_state), "see mis.h");
@@ -57,6 +58,8 @@ struct act {
 	__u32 rule;
 	__u32 detail;
 	__u32 what;
+	__u32 marks; /* MIS_CANARY, MIS_FATAL: of the rules that refused */
+	__u32 zero;
 };
 
 static __always_inline __u32 decayed(const struct state *state, const struct mis_agent *agent,
@@ -153,17 +156,49 @@ __noinline int tell(struct act *act, __u32 verdict)
 	return 1;
 }
 
+/*
+ * Whether the task repeats its last violation: a library tries a few times, a loop is an attack.
+ * defcon.py counts by the same rule; it also knows acts that take turns.
+ */
+#define BURST 10000000ULL /* nanoseconds, defcon.BURST */
+#define RETRIES 3 /* defcon.RETRIES */
+
+__noinline int is_retry(struct act *act)
+{
+	struct mis_scope *scope = bpf_task_storage_get(&scopes, bpf_get_current_task_btf(), 0, 0);
+	struct dentry *dentry;
+	__u64 key, now = bpf_ktime_get_ns();
+
+	if (!act || !scope || act->marks & MIS_FATAL)
+		return 0;
+	dentry = act->dentry;
+	key = ((__u64)act->what << 48) + ((__u64)act->detail << 16) + act->right + 1;
+	if (dentry)
+		key ^= (__u64)dentry ^ BPF_CORE_READ(dentry, d_inode, i_ino) << 20;
+	if (scope->act != key || now - scope->began >= BURST) {
+		scope->act = key;
+		scope->began = now;
+		scope->times = 0;
+		return 0;
+	}
+	return ++scope->times <= RETRIES;
+}
+
 /* Count a violation; the level that follows is the act's own. */
 static __always_inline void count(struct act *act, struct state *state,
 				  const struct mis_agent *agent)
 {
 	__u64 now = bpf_ktime_get_ns();
+	__u32 added = !is_retry(act), least = act->marks & MIS_FATAL ? agent->thresholds[3] : 0;
 
 	bpf_spin_lock(&state->lock);
 	if (state->count < agent->thresholds[3])
 		state->count = decayed(state, agent, now);
-	state->count++;
-	state->last = now;
+	state->count += added;
+	if (state->count < least)
+		state->count = least;
+	if (added)
+		state->last = now;
 	bpf_spin_unlock(&state->lock);
 	act->level = level_of(state, agent, now);
 }
@@ -195,6 +230,10 @@ __noinline int refused(struct act *act, int allowed)
 	state = bpf_map_lookup_elem(&states, &id);
 	if (!agent || !state) /* being removed: its tasks are gone, or should be */
 		return 1;
+	if (!dead && act->marks & MIS_CANARY) {
+		__sync_fetch_and_add(&state->canaries, 1);
+		return enforce != 0;
+	}
 	if (!dead) {
 		count(act, state, agent);
 		dead = enforce && in_force(act, kill);

@@ -16,7 +16,7 @@ import click
 from mis_run import __version__, units
 from mis_run.errors import MisError, SetupError, UsageError
 from mis_run.events import Guarantee
-from mis_run.model import ALWAYS, Bind, NetMode, Options
+from mis_run.model import ALWAYS, Bind, NetMode, Options, PlaneChoice
 
 EPILOG = """\b
 Examples:
@@ -95,6 +95,12 @@ COUNT = _Unit("N", units.count)
 @click.option("--user", "-u", metavar="USER[:GID]", help="Run as.  [default: who called sudo]")
 @click.option("--tty/--no-tty", "-t/-T", default=None, help="Terminal.  [default: if there is one]")
 @click.option("--allow-missing", multiple=True, type=click.Choice([g.value for g in Guarantee]))
+@click.option(
+    "--plane",
+    type=click.Choice([p.value for p in PlaneChoice]),
+    default="auto",
+    help="Where files and programs are judged.  [default: auto]",
+)
 @click.option("--log", metavar="FILE", help="Record of the run.  [default: /var/log/mis/ID.jsonl]")
 @click.option("--json", "as_json", is_flag=True, help="Plan and summary as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="No summary unless something was denied.")
@@ -153,6 +159,7 @@ def parse(
     log: str | None,
     as_json: bool,
     restart: str | None = None,
+    plane: str = PlaneChoice.AUTO,
     **limits: Any,
 ) -> Options:
     """click's words as `Options`. Raises UsageError for what click cannot judge."""
@@ -186,6 +193,7 @@ def parse(
         log=Path(log).absolute() if log else None,
         json=as_json,
         restart=_attempts(restart),
+        plane=PlaneChoice(plane),
         **limits,
     )
 

@@ -184,6 +184,8 @@ class Follower:
         self.record.write(change.event)
         if net := self.guards.get("net"):
             net.close_new(self.tracker.effects.destinations)
+        if kernel := self.guards.get("kernel"):
+            kernel.set_level(change.level)
         if self.tracker.effects.writes and not self._closed_writes:
             self._close_writes()
         if change.kills:
@@ -230,6 +232,8 @@ class Follower:
 
     def set_level(self, level: int) -> None:
         """An operator's DEFCON level."""
+        if kernel := self.guards.get("kernel"):
+            kernel.recount(0)  # what it counted itself would keep the level where it was
         self._changed(self.tracker.set(level))
 
     def unwatched(self) -> None:

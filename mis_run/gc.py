@@ -16,6 +16,8 @@ from pathlib import Path
 
 from mis_run import cgroup, cgroup_kill, network, state, trees
 
+PLANE = Path("/sys/fs/bpf/mis-run")  # lsm_plane.TOP, without importing it
+
 
 @dataclass(slots=True)
 class Removed:
@@ -69,6 +71,14 @@ def _end_containers(dead: list[Path], live: list[Path]) -> None:
                 cgroup_kill.write(Path(group) / "cgroup.kill", "1")
 
 
+def _sweep_plane() -> None:
+    """Have the kernel plane forget agents whose cgroup is gone, where this boot has it."""
+    if PLANE.is_dir() and (unified := cgroup.detect()[1]):
+        from mis_run.guards import lsm_plane
+
+        lsm_plane.sweep(unified)
+
+
 def collect() -> Removed:
     """Remove every remainder of every dead run."""
     removed = Removed()
@@ -83,6 +93,7 @@ def collect() -> Removed:
         _end_containers(dead, [path for path in paths if path.name in live])
         removed.cgroups = cgroup.gc(live)
         removed.network = network.gc(live)
+        _sweep_plane()
         for path in paths:
             if path.name not in live:
                 trees.remove(path)

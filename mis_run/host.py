@@ -24,6 +24,7 @@ from mis_run.linux import mountinfo
 from mis_run.model import Finding, Host, Options, User
 
 # What a starter of the checkout runs, sources or compiles as root.
+ACTIVE_LSMS = Path("/sys/kernel/security/lsm")
 CHECKOUT = ("mis-run", "run-tests", "scripts", "bpf", "shim", "pyproject.toml", "hatch_build.py")
 
 
@@ -83,6 +84,7 @@ def probe() -> Host:
         **counters.supported(),
         **escape.supported(),
         **file.supported(),
+        **_kernel_plane(),
         "watchdog": Finding(True, "a process of its own"),
     }
     return Host(
@@ -105,6 +107,21 @@ def _engine() -> tuple[str, ...]:
     if (ROOT / "mis-run").exists():
         found += [ROOT / name for name in CHECKOUT if (ROOT / name).exists()]
     return tuple(str(path) for path in found)
+
+
+def _kernel_plane() -> dict[str, Finding]:
+    """``bpf-lsm``. Tried where the LSM is in the kernel's own list: trying takes 20 ms."""
+    boot = "boot with lsm=…,bpf: docs/decisions/kernel-plane.md"
+    try:
+        active = ACTIVE_LSMS.read_text().strip().split(",")
+    except OSError as error:
+        why = f"{ACTIVE_LSMS}: {error.strerror}"
+        return {"bpf-lsm": Finding(False, why, "mount -t securityfs none /sys/kernel/security")}
+    if "bpf" not in active:
+        return {"bpf-lsm": Finding(False, "the BPF LSM is not active on this machine", boot)}
+    from mis_run.guards import lsm_plane
+
+    return lsm_plane.supported()
 
 
 def _root() -> Finding:
@@ -131,10 +148,9 @@ def needs_root(what: str) -> None:
 def diagnose() -> dict[str, Any]:
     """``mis doctor``: `probe`, the slow checks, and what follows for each guarantee."""
     from mis_run import plan, profiles
-    from mis_run.guards import lsm_plane
 
     found = probe()
-    mechanisms = {**found.mechanisms, **network.diagnose(), **lsm_plane.supported()}
+    mechanisms = {**found.mechanisms, **network.diagnose()}
     given = {}
     for guarantee, names in plan.GIVEN_BY.items():
         missing = [name for name in names if not found.works(name)]

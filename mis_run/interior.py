@@ -42,7 +42,8 @@ def describe(
     info = folder / "info"
     info.mkdir(mode=0o755)
     (info / "init").touch()
-    (info / "canary").touch(mode=0o555)
+    for name in ("canary", "kernel-canary"):
+        (info / name).touch(mode=0o555)
     briefing.write(plan, info)
     notified = plan.uses("seccomp-notify")
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from mis_run import (
@@ -37,6 +37,7 @@ from mis_run.model import OnLoss, Plan
 
 if TYPE_CHECKING:
     from mis_run.follow import Ending, Guard
+    from mis_run.guards.kernel import Reserved
 
 
 class Steps:
@@ -60,6 +61,10 @@ def run(plan: Plan, *, quiet: bool = False) -> Ending:
     """Launch the plan's agent and follow it to its end."""
     # Threads that wait for the kernel hand over at once, not after the default 5 ms.
     sys.setswitchinterval(0.0005)
+    if plan.uses("bpf-lsm"):
+        from mis_run.guards import kernel
+
+        kernel.prepare()
     rootfs.isolate()
     runtime.subreaper()
     gc.sweep()
@@ -83,6 +88,15 @@ def run(plan: Plan, *, quiet: bool = False) -> Ending:
 def _import_the_rest() -> None:
     """What is needed only once the container exists, imported while the runtime makes it."""
     from mis_run import control, defcon, follow, names, requests, terminal  # noqa: F401
+
+
+def _kernel_plane(plan: Plan, group: cgroup.Cgroup) -> AbstractContextManager[Reserved | None]:
+    """The guard of the kernel plane, to be attached; None where the plan does without."""
+    if not plan.uses("bpf-lsm"):
+        return nullcontext()
+    from mis_run.guards import kernel
+
+    return kernel.reserve(group.unified, group.agent)
 
 
 def _guard_link(guard: net.NetGuard, link: network.Link | None) -> net.NetGuard:
@@ -122,6 +136,7 @@ def _launch(
         steps.done("network")
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
         steps.done("rootfs")
+        plane = on(_kernel_plane(plan, group))  # lasts until the container is gone
         stack.callback(dog.farewell)  # called when the container is undone
         streams = None if plan.tty else on(stdio.lent())
         inside = interior.describe(plan, run_dir.path, root, link, group)
@@ -151,8 +166,8 @@ def _launch(
         if box.seccomp_fd is not None:
             guards["escape"] = on(escape.attach(box.seccomp_fd, stance))
         info = (run_dir.path / "info/canary").stat()
-        policy = file_policy.build(plan, root) if plan.uses("fanotify") else None
-        if policy is not None:
+        policy = file_policy.build(plan, root) if plane or plan.uses("fanotify") else None
+        if policy is not None and plan.uses("fanotify"):
             guards["file"] = files = on(
                 file.attach(box.pid, policy, (info.st_dev, info.st_ino), stance=stance)
             )
@@ -160,6 +175,8 @@ def _launch(
         joining.result()
         steps.done("guards")
         box.start()
+        if plane and policy:  # nothing but the shim runs yet
+            guards["kernel"] = kernel = plane.attach(plan, policy, box.pid)
         steps.done("shim")
         follower = Follower(
             loop=loop,
@@ -174,7 +191,7 @@ def _launch(
         )
         follower.watch()
         held = {"lifeline": box.lifeline.fileno()}  # what must stay open until the agent is gone
-        if policy is not None:
+        if "file" in guards:
             held["fanotify"] = files.group
         if settings.liveness.on_loss is OnLoss.OPEN:
             from mis_run import resume
@@ -191,7 +208,7 @@ def _launch(
                 place=group.place,
             )
             held |= on(resume.offer(known, run_dir, box, guard, link))
-        elif policy is not None:
+        elif "file" in guards:
             box.hold(files.group)  # while a copy is open, opens wait for a verdict
         for one in guards.values():
             one.verify(box.probe)
@@ -210,6 +227,9 @@ def _launch(
         facts = {**report.facts(plan, record), "covered": [*inside.hidden]}
         run_dir.note(phase="running", pid=box.pid, **facts)
         record.write(Event(kind="run.start", subject=facts))
+        if plane:
+            kernel.arm(settings.liveness.deadline)
+            loop.every(settings.liveness.beat, kernel.renew)
         follower.go(streams)
         steps.done("agent")
         loop.until(lambda: follower.ending is not None)

@@ -26,6 +26,14 @@ class NetMode(StrEnum):
     HOST = "host"  # the host's namespace, cgroup guard only
 
 
+class PlaneChoice(StrEnum):
+    """Which plane was asked for."""
+
+    AUTO = "auto"  # the kernel plane where it works
+    HOST = "host"
+    KERNEL = "kernel"
+
+
 class OnLoss(StrEnum):
     """What happens to the agent when nobody supervises it any more."""
 
@@ -73,6 +81,7 @@ class Options:
     json: bool = False
     log: Path | None = None
     restart: int = 0  # new attempts after a failure of the agent's own
+    plane: PlaneChoice = PlaneChoice.AUTO
 
 
 @dataclass(frozen=True, kw_only=True)

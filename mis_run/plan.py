@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from mis_run import profiles, rules
+from mis_run import planes, profiles, rules
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.events import Guarantee
 from mis_run.host import Caller
@@ -84,7 +84,7 @@ def make(
         binds=options.binds,
         masked=masked,
         protected=(*profiles.expand(profile.files.protect, facts), *host.engine),
-        mechanisms=tuple(_mechanisms(profile, host, network)),
+        mechanisms=tuple(_mechanisms(options, profile, host, network)),
         profile=profile,
         network=network,
         limits=limits,
@@ -129,6 +129,8 @@ def check(plan: Plan) -> None:
             continue
         missing = f"{mechanism.name} is missing: {mechanism.finding.detail}"
         fix = f"{mechanism.finding.fix}; or " if mechanism.finding.fix else ""
+        if mechanism.name == planes.LSM:  # only where it was asked for by name
+            raise MissingGuarantee(f"no kernel plane here: {missing}", hint=f"{fix}--plane host")
         if mechanism.guarantee is Guarantee.NET:
             # A network without its guard is not a weaker promise but none: never waived.
             other = "" if plan.network.mode is NetMode.NONE else "run without a network: --net none"
@@ -244,8 +246,10 @@ def _lies_in(path: str, folder: str) -> bool:
     return f"{path}/".startswith(f"{folder.rstrip('/')}/")
 
 
-def _mechanisms(profile: Profile, host: Host, network: NetPlan) -> list[Mechanism]:
-    """How each guarantee is given; `guards` of later planes add theirs here."""
+def _mechanisms(
+    options: Options, profile: Profile, host: Host, network: NetPlan
+) -> list[Mechanism]:
+    """How each guarantee is given."""
     missing = Finding(False, "not part of this version")
     wanted: list[tuple[Guarantee, str]] = []
     wanted += [(Guarantee.NET, name) for name in NET_MECHANISMS[network.mode]]
@@ -253,7 +257,7 @@ def _mechanisms(profile: Profile, host: Host, network: NetPlan) -> list[Mechanis
     wanted += [(Guarantee.LIMITS, controller) for controller in asked.controllers()]
     wanted += [(Guarantee.COUNTERS, "perf-cgroup")] if profile.counters else []
     wanted += [(Guarantee.ESCAPE, "seccomp-notify")]
-    wanted += [(Guarantee.FILE, "fanotify"), (Guarantee.EXEC, "fanotify")]
+    wanted += planes.choose(options, profile, host)
     wanted += [(Guarantee.LIVENESS, "watchdog")]
     return [
         Mechanism(guarantee, name, host.mechanisms.get(name, missing)) for guarantee, name in wanted

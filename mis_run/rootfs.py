@@ -99,6 +99,8 @@ def mount(plan: Plan, folder: Path, etc: Mapping[str, str]) -> Iterator[Root]:
             if not point or source.is_dir():
                 work = upper.with_name(f"{upper.name}.work")
                 data = f"{_lowerdir(below)},upperdir={upper},workdir={work}"
+                if plan.uses("bpf-lsm"):  # its rules are on inodes: no two with one number
+                    data += ",xino=on"
                 _mount(
                     plan.image.name if plan.image else str(source),
                     "overlay",

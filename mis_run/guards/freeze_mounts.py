@@ -33,7 +33,13 @@ def read_only(pid: int, pidfd: int, kept: str) -> list[str]:
 
     The points that could not be changed: busy with writers, or gone.
     """
-    points = [m.point for m in marks.mounts(pid) if not masks.within(m.point, kept)]
+    try:
+        points = [m.point for m in marks.mounts(pid) if not masks.within(m.point, kept)]
+    except OSError as error:
+        # It has ended, and its mounts with it (EINVAL: mounts_open_common, fs/proc_namespace.c).
+        if error.errno in (errno.EINVAL, errno.ENOENT, errno.ESRCH):
+            return []
+        raise
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

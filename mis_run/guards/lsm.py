@@ -1,6 +1,6 @@
 """One agent's guard in the kernel plane: its cgroup, told to the programs of `lsm_plane`.
 
-``supported`` → ``attach`` → ``verify`` → ``read``, ``beat`` → detach, which is the context's end.
+``supported`` → ``attach`` → ``verify`` → ``read``, ``renew`` → detach, the context's end.
 Adding an agent only writes maps.  If we are killed its entries stay, and with them the guard: when
 the deadline has passed every act of the agent is denied and kills it (`lsm_plane.sweep` tidies up).
 """
@@ -21,10 +21,11 @@ from mis_run import defcon
 from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event
 from mis_run.guards import lsm_abi, lsm_plane
+from mis_run.guards.file import NO_CHILD
 from mis_run.guards.lsm_abi import AGENT, PLACE, RULE, STATE, AgentFlag
 from mis_run.guards.lsm_plane import supported
 from mis_run.guards.lsm_policy import Compiled
-from mis_run.linux import bpf_pins, libbpf, libc
+from mis_run.linux import abi, bpf_pins, libbpf, libc
 from mis_run.model import Defcon
 
 __all__ = ["Counts", "LsmGuard", "LsmPolicy", "attach", "supported"]
@@ -43,10 +44,12 @@ class LsmPolicy:
     rules: Compiled
     enforce: bool = True
     on_loss: str = "closed"  # closed | open
-    deadline: float | None = None  # seconds without `beat`; None: no dead man
+    deadline: float | None = None  # seconds without `renew`; None: no dead man
     no_wx: bool = False
     capabilities: Sequence[str] = HARMLESS
     defcon: Defcon = field(default_factory=Defcon)
+    processes: Path | None = None  # the cgroup that its processes are in; None: the guarded one
+    canary: str = ""  # a file whose rule is marked CANARY, as the container's init names it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class Counts:
     audited: int
     killed: int
     events_lost: int
+    canaries: int = 0
 
 
 class LsmGuard:
@@ -72,6 +76,7 @@ class LsmGuard:
         self._deadline = policy.deadline
         self._level = defcon.NORMAL
         self._quiet = False
+        self._proving = bool(policy.canary)  # until `arm` there is no agent, only guards that try
         self._depth = _depth(cgroup)
         if self._depth > DEEPEST:
             raise SetupError(f"{cgroup} is nested more than {DEEPEST} deep")
@@ -80,7 +85,7 @@ class LsmGuard:
 
     # ---- the agent's settings -------------------------------------------------------------
 
-    def beat(self) -> None:
+    def renew(self) -> None:
         """We live: the agent may act until the deadline from now."""
         policy = self._policy
         effects = {**defcon.EFFECTS, **policy.defcon.effects}
@@ -108,13 +113,31 @@ class LsmGuard:
     def set_level(self, level: int) -> None:
         """An operator's word: the level is at most this, whatever was counted."""
         self._level = level
-        self.beat()
+        self.renew()
+
+    def recount(self, count: int) -> None:
+        """An operator's word on how many violations count, whatever was counted."""
+        raw = self._plane.states.lookup(self._key, STATE.size) or bytes(STATE.size)
+        _, _, _, *rest = STATE.unpack(raw)
+        self._plane.states.update(self._key, STATE.pack(0, count, time.monotonic_ns(), *rest))
+
+    def arm(self, deadline: float) -> None:
+        """Here the agent begins: what was tried until now was tried by us.
+
+        From now on it may act for ``deadline`` seconds without `renew`, no longer.
+        """
+        while self._ring.drain(BATCH):
+            continue
+        self._reset()
+        self._proving = False
+        self._deadline = deadline
+        self.renew()
 
     def counts(self) -> Counts:
         """What the kernel counted so far."""
         raw = self._plane.states.lookup(self._key, STATE.size) or bytes(STATE.size)
-        _, count, _, denied, audited, killed, lost = STATE.unpack(raw)
-        return Counts(count, denied, audited, killed, lost)
+        _, count, _, denied, audited, killed, lost, canaries = STATE.unpack(raw)
+        return Counts(count, denied, audited, killed, lost, canaries)
 
     # ---- attaching ------------------------------------------------------------------------
 
@@ -128,7 +151,7 @@ class LsmGuard:
         self._plane.rings.update(self._key, struct.pack("=I", self._ring_fd))
         self._reset()
         with lsm_plane.locked():
-            self.beat()
+            self.renew()
             self._plane.announce()
 
     def close(self) -> None:
@@ -151,20 +174,23 @@ class LsmGuard:
 
     def read(self) -> list[Event]:
         """The oldest BATCH events; the others stay for the next turn."""
+        samples = self._ring.drain(BATCH)
+        if self._proving:
+            return []
         texts = self._policy.rules.texts
-        return [lsm_abi.event(sample, texts) for sample in self._ring.drain(BATCH)]
+        return [lsm_abi.event(sample, texts) for sample in samples]
 
     # ---- proof ----------------------------------------------------------------------------
 
     def verify(self, probe: Callable[[str], int] | None = None) -> None:
         """A read, an exec and a mount that no rule allows, by a child of ours in the agent's
-        cgroup: refused (unless audited) *and* counted. Raises VerifyError.
-
-        ``probe`` is not used: the shim in the container can do none of these.
+        cgroup: refused (unless audited) *and* counted; before, the canary by the container's own
+        init.  Raises VerifyError.
         """
-        del probe
+        if probe is not None:
+            self.beat(probe)
         self._quiet = True  # what we try must not end in the effects of a level
-        self.beat()
+        self.renew()
         with tempfile.TemporaryFile() as canary, ExitStack() as stack:
             os.fchmod(canary.fileno(), 0o755)
             stack.callback(self._unquiet)
@@ -177,7 +203,7 @@ class LsmGuard:
             }
             for name, act in acts.items():
                 before = self.counts()
-                error = in_cgroup(self._cgroup, act)
+                error = in_cgroup(self._policy.processes or self._cgroup, act)
                 after = self.counts()
                 if self._policy.enforce and error != errno.EPERM:
                     met = os.strerror(error) if error else "it succeeded"
@@ -190,7 +216,22 @@ class LsmGuard:
         self.read()
         self._reset()
         self._quiet = False
-        self.beat()
+        self.renew()
+
+    def beat(self, probe: Callable[[str], int]) -> None:
+        """The canary opened by the container's init: refused and counted. Raises VerifyError."""
+        before = self.counts().canaries
+        met = probe(f"open 0 {self._policy.canary}")
+        if met in NO_CHILD:
+            return
+        if self.counts().canaries == before:
+            raise VerifyError(
+                f"kernel plane: the canary inside the container was not refused by it "
+                f"(it met {abi.error(met)})",
+                hint="mis doctor",
+            )
+        if self._policy.enforce and met != errno.EPERM:
+            raise VerifyError(f"kernel plane: the canary met {abi.error(met)}, not EPERM")
 
 
 def in_cgroup(cgroup: Path, act: Callable[[], object]) -> int:

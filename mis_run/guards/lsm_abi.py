@@ -15,7 +15,7 @@ from mis_run.events import Event, Guarantee, Verdict
 PLACE = struct.Struct("=QQII")
 RULE = struct.Struct("=HHII")
 AGENT = struct.Struct("=QQQII4I6BH")
-STATE = struct.Struct("=IIQQQQQ")
+STATE = struct.Struct("=IIQQQQQQ")
 PLANE = struct.Struct("=QQ")
 EVENT = struct.Struct("=QQQIIIIIIIHBB16s512s")
 PATH = 256
@@ -29,16 +29,20 @@ class Right(IntFlag):
     EXEC = 4
     CREATE = 8
     DELETE = 16
-    ALL = 31
+    LIST = 32
+    ALL = 63
 
 
 class RuleFlag(IntFlag):
     """WORKSPACE: writing is no risk at a raised level. EXPLICIT: named in the profile itself, not
-    by a set or a pattern. ANCHOR: a denial hangs on it or below, so it is not moved or removed."""
+    by a set or a pattern. ANCHOR: a denial hangs on it or below, so it is not moved or removed.
+    CANARY: what we try ourselves, no violation. FATAL: its denial is DEFCON 1."""
 
     WORKSPACE = 1
     EXPLICIT = 2
     ANCHOR = 4
+    CANARY = 8
+    FATAL = 16
 
 
 class AgentFlag(IntFlag):
@@ -119,17 +123,16 @@ def event(sample: bytes, texts: Sequence[str]) -> Event:
     if inode:
         subject |= {"device": f"{device >> 20}:{device & 0xFFFFF}", "inode": inode}
     if right:
-        subject["rights"] = " ".join(r.name.lower() for r in Right(right & 31) if r.name)
+        subject["rights"] = " ".join(r.name.lower() for r in Right(right & Right.ALL) if r.name)
     if act in DETAILS:
         known = act == "capability" and detail < len(CAPABILITIES)
         subject[DETAILS[act]] = CAPABILITIES[detail] if known else detail
     if level < 5:
         subject["level"] = level
     if what < EXEC:
-        kind, guard = "file.denied", Guarantee.FILE
-        subject["act"] = act
+        kind, guard = f"file.{act}", Guarantee.FILE
     elif what == EXEC:
-        kind, guard = "exec.denied", Guarantee.EXEC
+        kind, guard = "exec.run", Guarantee.EXEC
     elif act in NET_ACTS:
         kind, guard = f"net.{act}", Guarantee.NET
     else:

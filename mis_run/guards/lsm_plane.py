@@ -8,11 +8,10 @@ its last agent (`sweep`).  So there is no moment without programs, and no format
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from contextlib import AbstractContextManager, suppress
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from mis_run import locks
@@ -25,29 +24,26 @@ from mis_run.model import Finding
 BPFFS = Path("/sys/fs/bpf")
 TOP = BPFFS / "mis-run"
 OBJECTS = tuple(f"lsm_{area}.bpf.o" for area in ("file", "tree", "exec", "escape", "net"))
-ACTIVE = Path("/sys/kernel/security/lsm")
 
 
 def supported() -> dict[str, Finding]:
     """Whether BPF programs can be LSM hooks here: one is loaded, none attached.
 
-    Takes some 20 ms, to find the hook in the kernel's BTF.
+    Takes some 20 ms, to find the hook in the kernel's BTF, unless this boot has our programs.
     """
-    boot = "boot with lsm=…,bpf: docs/decisions/kernel-plane.md"
-    with suppress(OSError):
-        if "bpf" not in ACTIVE.read_text().strip().split(","):
-            return {"bpf-lsm": Finding(False, "the BPF LSM is not active on this machine", boot)}
     try:
-        bpf_pins.try_lsm()
+        if not (TOP / version() / "links").is_dir():
+            bpf_pins.try_lsm()
     except SetupError as error:
         return {"bpf-lsm": Finding(False, error.message, error.hint)}
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        fix = boot if error.errno != errno.EPERM else "run as root, on a kernel that allows them"
+        fix = "run as root, on a kernel that allows them: docs/decisions/kernel-plane.md"
         return {"bpf-lsm": Finding(False, f"the kernel refuses LSM programs: {reason}", fix)}
-    return {"bpf-lsm": Finding(True, "an LSM program loads; launches do not use them yet")}
+    return {"bpf-lsm": Finding(True, "files, programs and escapes are judged in LSM hooks")}
 
 
+@cache
 def version() -> str:
     """Names the objects we would load."""
     digest = hashlib.sha256()

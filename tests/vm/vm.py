@@ -38,6 +38,11 @@ ARCH = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, "")
 QEMU = {"amd64": "qemu-system-x86_64", "arm64": "qemu-system-aarch64"}.get(ARCH, "qemu-system-x86")
 LSM = "lsm=landlock,lockdown,yama,bpf"  # Debian compiles BPF LSM in; the list switches it on
 OPTIONS_9P = "ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose"
+# One thread for all CPUs.  The kernel changes its own code while it runs (static keys: the first
+# memory cgroup, a cpuset) by way of a breakpoint, and no CPU may meet that later
+# (text_poke_bp_batch, arch/x86/kernel/alternative.c).  QEMU 7.2 with a thread for each may still
+# run what it translated in between: "Oops: int3" in the page allocator, in one launch out of five.
+ACCELERATOR = "-accel tcg,thread=single"
 # Never needed in a virtual machine without devices, and three quarters of the size.
 UNWANTED = ("sound", *(f"drivers/{name}" for name in (
     "ata", "gpu", "hid", "iio", "infiniband", "input", "isdn", "media", "mtd", "net/ethernet",
@@ -141,8 +146,8 @@ def run(
             *("--memory", memory, "--rwdir", folder, "--append", f"{LSM} panic=-1"),
             *(("--rwdir", str(share)) if share else ()),
             *(() if interactive else ("--verbose",)),  # without it the console is lost
-            f"--qemu-opts=-fsdev local,id=checkout,path={ROOT},security_model=none,readonly=on,"
-            "multidevs=remap -device virtio-9p-pci,fsdev=checkout,mount_tag=checkout",
+            f"--qemu-opts={ACCELERATOR} -fsdev local,id=checkout,path={ROOT},security_model=none,"
+            "readonly=on,multidevs=remap -device virtio-9p-pci,fsdev=checkout,mount_tag=checkout",
             *("--", f"sh {script}"),
         ]
         with _process(argv, interactive) as process:

@@ -16,7 +16,7 @@ from mis_run import cgroup_detect
 from mis_run.guards import lsm, lsm_policy
 from mis_run.guards.lsm_abi import Right, RuleFlag
 
-READ, WRITE, EXEC, CREATE, DELETE = Right.READ, Right.WRITE, Right.EXEC, Right.CREATE, Right.DELETE
+READ, WRITE, EXEC = Right.READ | Right.LIST, Right.WRITE, Right.EXEC
 NO = Right(0)
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc")
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from mis_run.errors import VerifyError
 from mis_run.events import Verdict
 from mis_run.guards import lsm, lsm_plane
-from mis_run.guards.lsm_abi import PLACE, STATE
+from mis_run.guards.lsm_abi import PLACE, STATE, Right, RuleFlag
 
 OK, EPERM = 0, errno.EPERM
 pytestmark = pytest.mark.parametrize("tree", ["tmpfs"], indirect=True, scope="module")
@@ -155,7 +156,9 @@ def test_two_agents(tree: Any, agent: Path, cgroups: Callable[[], Path]) -> None
     inner = agent / "inner"
     inner.mkdir()
     generous = tree.policy(defcon=CALM)
-    rules = {place: entry for place, entry in generous.rules.entries.items() if entry.deny != 31}
+    rules = {
+        place: entry for place, entry in generous.rules.entries.items() if entry.deny != Right.ALL
+    }
     lax = lsm.LsmPolicy(rules=lsm.Compiled(rules, generous.rules.texts), defcon=CALM)
     path = read(tree.hidden / "file")
     with (
@@ -191,14 +194,16 @@ def test_audit_of_a_program(tree: Any, agent: Path) -> None:
     with lsm.attach(agent, tree.policy(enforce=False)) as guard:
         assert lsm.in_cgroup(agent, act) == OK
         kinds = [event.kind for event in guard.read()]
-        assert kinds.count("exec.denied") == 1, kinds
+        assert kinds.count("exec.run") == 1, kinds
 
 
-def loop(path: Path, times: int, done: Any) -> Callable[[], object]:
+def loop(paths: tuple[Path, ...], times: int, done: Any) -> Callable[[], object]:
+    """Reads that take turns; ``done`` counts the refused and the others."""
+
     def act() -> None:
-        for _ in range(times):
+        for turn in range(times):
             try:
-                read(path)()
+                read(paths[turn % len(paths)])()
             except OSError:
                 struct.pack_into("=i", done, 0, struct.unpack_from("=i", done)[0] + 1)
             else:
@@ -217,7 +222,8 @@ def test_level_1_kills_at_once(tree: Any, agent: Path) -> None:
     """The violation that reaches level 1 is the last act."""
     done = shared()
     with lsm.attach(agent, tree.policy()) as guard:
-        assert lsm.in_cgroup(agent, loop(tree.hidden / "file", 50, done)) == EPERM
+        paths = tree.hidden / "file", tree.hidden / "prog"  # no act is a retry of the last
+        assert lsm.in_cgroup(agent, loop(paths, 50, done)) == EPERM
         refused, succeeded = struct.unpack("=2i", done)
         assert (refused, succeeded) == (14, 0)
         events = guard.read()
@@ -227,6 +233,46 @@ def test_level_1_kills_at_once(tree: Any, agent: Path) -> None:
         # Whoever comes later dies of its first act, even of an allowed one.
         assert lsm.in_cgroup(agent, read(tree.open / "file")) == EPERM
         assert guard.read()[-1].verdict == Verdict.KILL
+
+
+def test_retries_are_one_violation(tree: Any, agent: Path) -> None:
+    """A library that tries again at once is no attack; every try is refused and told."""
+    done = shared()
+    with lsm.attach(agent, tree.policy()) as guard:
+        assert lsm.in_cgroup(agent, loop((tree.hidden / "file",), 4, done)) == OK
+        assert guard.counts().denied == len(guard.read()) == 4
+        # One, or two where the emulator took more than 10 ms for it.
+        assert guard.counts().count in (1, 2)
+
+
+def marked(tree: Any, flag: RuleFlag) -> lsm.LsmPolicy:
+    """The tree's policy, with ``flag`` on the line of the hidden folder."""
+    made = tree.policy().rules
+    line = made.texts.index("hidden") + 1
+    rules = {
+        place: replace(entry, flags=entry.flags | flag) if entry.number == line else entry
+        for place, entry in made.entries.items()
+    }
+    return lsm.LsmPolicy(rules=replace(made, entries=rules))
+
+
+def test_a_fatal_rule(tree: Any, agent: Path) -> None:
+    """The denial of a rule marked fatal is DEFCON 1, and the end."""
+    with lsm.attach(agent, marked(tree, RuleFlag.FATAL)) as guard:
+        assert lsm.in_cgroup(agent, read(tree.none / "file")) == EPERM
+        assert guard.counts().killed == 0
+        assert lsm.in_cgroup(agent, read(tree.hidden / "file")) == EPERM
+        assert [event.verdict for event in guard.read()] == [Verdict.DENY, Verdict.KILL]
+        assert guard.counts().killed == 1
+
+
+def test_canaries_are_no_violations(tree: Any, agent: Path) -> None:
+    """What we try ourselves is refused and counted, apart from what the agent does."""
+    with lsm.attach(agent, marked(tree, RuleFlag.CANARY)) as guard:
+        for _ in range(3):
+            assert lsm.in_cgroup(agent, read(tree.hidden / "file")) == EPERM
+        assert guard.read() == []
+        assert guard.counts() == lsm.Counts(0, 0, 0, 0, 0, canaries=3)
 
 
 def test_levels_take_rights_away(tree: Any, agent: Path) -> None:
@@ -277,11 +323,12 @@ def test_a_full_ring_is_counted(tree: Any, agent: Path) -> None:
     """Events that nobody reads are lost, and their number is known; denials go on."""
     done = shared()
     with lsm.attach(agent, tree.policy(defcon=CALM)) as guard:
-        assert lsm.in_cgroup(agent, loop(tree.hidden / "file", 1000, done)) == OK
+        assert lsm.in_cgroup(agent, loop((tree.hidden / "file",), 1000, done)) == OK
         assert struct.unpack("=2i", done) == (1000, 0)
         counts = guard.counts()
         assert counts.denied == 1000
-        assert counts.events_lost == 1000 - len(guard.read()) > 0
+        kept = sum(len(events) for events in iter(guard.read, []))  # a batch at a time
+        assert counts.events_lost == 1000 - kept > 0
 
 
 # ---- life and death -----------------------------------------------------------------------
@@ -295,7 +342,7 @@ def test_a_missed_deadline_kills(tree: Any, agent: Path) -> None:
         assert lsm.in_cgroup(agent, read(tree.open / "file")) == EPERM
         event = guard.read()[-1]
         assert (event.verdict, event.rule) == (Verdict.KILL, "liveness: the deadline passed")
-        guard.beat()
+        guard.renew()
         assert lsm.in_cgroup(agent, read(tree.open / "file")) == OK
 
 
@@ -306,7 +353,7 @@ def test_a_missed_deadline_audits(tree: Any, agent: Path) -> None:
         time.sleep(0.7)
         assert lsm.in_cgroup(agent, read(tree.hidden / "file")) == OK
         assert [event.verdict for event in guard.read()] == [Verdict.DENY, Verdict.AUDIT]
-        guard.beat()
+        guard.renew()
         assert lsm.in_cgroup(agent, read(tree.hidden / "file")) == EPERM
 
 
@@ -340,7 +387,7 @@ def test_death_of_the_supervisor(tree: Any, agent: Path) -> None:
     child = os.fork()
     if child == 0:
         (agent / "cgroup.procs").write_text("0")
-        loop(tree.hidden / "file", 10**9, done)()
+        loop((tree.hidden / "file",), 10**9, done)()
         os._exit(0)
     time.sleep(0.5)
     killed(supervisor)
@@ -384,12 +431,45 @@ def test_detached_leaves_nothing(tree: Any, cgroups: Any) -> None:
         len(plane.rules.keys(PLACE.size)),
     ]
     before = keys()
-    for _ in range(15):
+    for _ in range(5):
         with lsm.attach(group, tree.policy()) as guard:
             assert plane.states.lookup(struct.pack("=Q", guard.id), STATE.size)
     assert keys() == before
     assert lsm.in_cgroup(group, read(tree.hidden / "file")) == OK
     plane.close()
+
+
+@pytest.mark.parametrize("quarter", range(4))
+def test_a_thousand_agents_leave_nothing(quarter: int, tree: Any, agent: Path) -> None:
+    """250 times an agent comes, now and then does something, and goes: as many entries in the maps
+    and open files here as before, and the epoch has moved on each time."""
+    policy = tree.policy()
+    plane = lsm_plane.ensure()
+    maps = {"agents": 8, "states": 8, "rings": 8, "rules": PLACE.size}
+
+    def held() -> list[int]:
+        entries = [len(getattr(plane, name).keys(size)) for name, size in maps.items()]
+        return [*entries, len(os.listdir("/proc/self/fd"))]
+
+    before = held()
+    rules = lsm.Compiled(policy.rules.entries, policy.rules.texts)  # held by `policy` all the time
+    spent = 0.0
+    for turn in range(250):
+        began = time.perf_counter()
+        guard = lsm.LsmGuard(agent, replace(policy, rules=rules), lsm_plane.ensure())
+        guard.register()
+        spent += time.perf_counter() - began
+        if turn % 50 == 0:
+            assert lsm.in_cgroup(agent, read(tree.hidden / "file")) == EPERM
+        began = time.perf_counter()
+        guard.close()
+        spent += time.perf_counter() - began
+    assert held() == before
+    plane.close()
+    policy.rules.release()
+    each = spent / 250 * 1000
+    print(f"an agent of {len(rules.entries)} rules comes and goes in {each:.1f} ms")
+    assert each < 200  # emulated; kernel-plane.md has the estimate for a real machine
 
 
 def test_loaded_once(tree: Any) -> None:
@@ -436,7 +516,7 @@ def test_verify(tree: Any, agent: Path) -> None:
         with lsm_plane.locked():
             guard._plane.agents.delete(guard._key)
             guard._plane.announce()
-        guard.beat = lambda: None  # type: ignore[method-assign]
+        guard.renew = lambda: None  # type: ignore[method-assign]
         with pytest.raises(VerifyError):
             guard.verify()
 

@@ -18,7 +18,8 @@ from mis_run.guards.lsm_policy import Line
 from mis_run.linux import libc
 
 OK, EPERM = 0, errno.EPERM
-NO, ALL, READ, WRITE, EXEC = Right(0), Right.ALL, Right.READ, Right.WRITE, Right.EXEC
+NO, ALL, READ = Right(0), Right.ALL, Right.READ | Right.LIST
+WRITE, EXEC = Right.WRITE, Right.EXEC
 
 
 @dataclass(frozen=True)

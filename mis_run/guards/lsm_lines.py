@@ -1,0 +1,130 @@
+"""The file guard's policy as lines for inodes: what of it the kernel can decide without names.
+
+The kernel has no patterns, so a pattern becomes the paths that it names now, each with the verdict
+of `file_rules` on what lies there.  What only a name can tell (a file that will be made and then
+match ``*.pem``, a program's content) is left to the file guard, which judges after the plane:
+here such a pattern allows all of the folder that it begins in, and never denies less.
+
+A rule that lets something be opened gives every right but execution: what may be changed is decided
+by the mounts, on both planes.  Out of scope: inodes (`lsm_policy`).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+
+from mis_run import masks
+from mis_run.bundle import INFO
+from mis_run.file_rules import Effect, Rule, Rules, Verdict, floats
+from mis_run.guards.file_policy import Policy
+from mis_run.guards.lsm_abi import Right, RuleFlag
+from mis_run.guards.lsm_policy import NOTHING, PLAIN, Line
+
+CANARY = f"{INFO}/kernel-canary"
+DATA = Right.ALL & ~Right.EXEC
+NOBODY = "\x01"  # a name that no pattern means: what holds for a folder's content as such
+NO_STORE = ("/dev", "/proc")  # writing there stores nothing, so no level takes it away
+
+
+def make(policy: Policy, root: str, workspace: str, shared: Sequence[str]) -> list[Line]:
+    """The lines of a container whose tree is at ``root`` (``/proc/PID/root``).
+
+    ``shared`` are the folders of the host that it sees, in which denied files may lie anywhere.
+    """
+    opens, execs = policy.opens, policy.execs
+    places = _named(root, opens) | _denied_below(root, shared, opens)
+    programs = _named(root, execs)
+    lines = [
+        # Folders may be listed, as on the host plane; the mounts hide names.
+        Line("/", Right.LIST, NOTHING, "default", RuleFlag.EXPLICIT),
+        *(_opening(path, _judge(opens, root, path), workspace) for path in sorted(places)),
+        *(
+            _executing(path, _judge(opens, root, path), _judge(execs, root, path))
+            for path in sorted(programs)
+        ),
+        *_widened(opens, policy, DATA),
+        *_widened(execs, policy, Right.EXEC | Right.READ),
+        # The file guard's own canary must reach it.
+        Line(f"{INFO}/canary", Right.ALL, NOTHING, "canary", RuleFlag.EXPLICIT),
+        Line(CANARY, NOTHING, Right.ALL, "canary", RuleFlag.CANARY),
+    ]
+    return [line for line in lines if line.allow or line.deny]
+
+
+def _named(root: str, rules: Rules) -> set[str]:
+    """Every path that the rules name, and the folders that wildcards are matched in."""
+    found = {*rules.under, *rules.wild}
+    for entries in rules.wild.values():
+        for _, rule in entries:
+            if pattern := masks.normal(rule.pattern):
+                found |= masks.find(root, pattern)
+    return found
+
+
+def _denied_below(root: str, shared: Iterable[str], rules: Rules) -> set[str]:
+    """What exists under a denial that may match at any depth."""
+    if not any(_anywhere(rule) for _, rule in _wild(rules) if rule.effect is not Effect.ALLOW):
+        return set()
+    found = set()
+    for place in shared:
+        for folder, _, names in os.walk(f"{root}{place}"):
+            inside = folder[len(root) :]
+            for path in (f"{inside}/{name}" for name in names):
+                verdict = rules.judge(path)
+                if verdict.rule is not None and not verdict.allowed:
+                    found.add(path)
+    return found
+
+
+def _wild(rules: Rules) -> Iterator[tuple[str, Rule]]:
+    """(folder that the pattern begins in, rule) of every rule with wildcards."""
+    yield from (("/", rule) for _, rule in rules.floating)
+    for folder, entries in rules.wild.items():
+        yield from ((folder, rule) for _, rule in entries)
+
+
+def _anywhere(rule: Rule) -> bool:
+    return floats(rule.pattern) or masks.normal(rule.pattern) is None
+
+
+def _judge(rules: Rules, root: str, path: str) -> Verdict:
+    """The verdict on a file, or on what lies in a folder."""
+    try:
+        is_folder = stat.S_ISDIR(os.lstat(f"{root}{path}").st_mode)
+    except OSError:  # nothing there: `lsm_policy.compile` tells
+        is_folder = False
+    return rules.judge(f"{path.rstrip('/')}/{NOBODY}" if is_folder else path)
+
+
+def _opening(path: str, verdict: Verdict, workspace: str) -> Line:
+    rule = verdict.rule
+    if rule is None:
+        return Line(path, NOTHING, NOTHING, "")
+    if not verdict.allowed:
+        fatal = RuleFlag.FATAL if verdict.kills else PLAIN
+        return Line(path, NOTHING, Right.ALL, rule.text, fatal)
+    flags = RuleFlag.EXPLICIT if rule.explicit else PLAIN
+    if any(f"{path}/".startswith(f"{place}/") for place in (workspace, *NO_STORE)):
+        flags |= RuleFlag.WORKSPACE
+    return Line(path, DATA, NOTHING, rule.text, flags)
+
+
+def _executing(path: str, opening: Verdict, verdict: Verdict) -> Line:
+    rule = verdict.rule
+    if rule is None or (opening.rule is not None and not opening.allowed):
+        return Line(path, NOTHING, NOTHING, "")
+    if not verdict.allowed:
+        return Line(path, NOTHING, Right.EXEC, rule.text)
+    # What may be executed may be read: its interpreter does.
+    flags = RuleFlag.EXPLICIT if rule.explicit else PLAIN
+    return Line(path, Right.EXEC | Right.READ, NOTHING, rule.text, flags)
+
+
+def _widened(rules: Rules, policy: Policy, rights: Right) -> Iterator[Line]:
+    """Folders in which a file that does not exist yet may come to match an allowing pattern."""
+    for folder, rule in _wild(rules):
+        writable = policy.is_writable(f"{folder.rstrip('/')}/{NOBODY}")
+        if rule.effect is Effect.ALLOW and (writable or _anywhere(rule)):
+            yield Line(folder, rights, NOTHING, rule.text)
