@@ -26,4 +26,3 @@ rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache
 rm -rf /var/lib/dpkg/*-old /etc/passwd- /etc/group- /etc/shadow- /etc/gshadow- /tmp/* /var/tmp/*
 find /var/log -type f -delete
 [ ! -e /etc/machine-id ] || : >/etc/machine-id
-find / -xdev -name __pycache__ -type d -prune -exec rm -rf {} +

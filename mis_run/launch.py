@@ -153,7 +153,7 @@ def _launch(
         from mis_run.defcon import Tracker
         from mis_run.follow import Follower
 
-        group.adopt(box.pid)
+        joining = Later(lambda: group.adopt(box.pid))  # the kernel waits for every CPU
         if memfd.sealable():
             memfd.seal(box.pidfd)
         supervise.come_first()
@@ -172,6 +172,7 @@ def _launch(
                 file.attach(box.pid, policy, (info.st_dev, info.st_ino), stance=stance)
             )
         counted = on(counters.attach(group.unified, settings.counters, later=True))
+        joining.result()
         steps.done("guards")
         box.start()
         if plane and policy:  # nothing but the shim runs yet

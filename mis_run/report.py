@@ -73,6 +73,7 @@ def facts(plan: Plan, record: Record) -> dict[str, Any]:
         "profile": plan.profile.name,
         "user": plan.user.name,
         "workdir": str(plan.cwd),
+        "image": plan.image.digest if plan.image else None,
         "network": plan.network.mode.value,
         "mechanisms": [m.name for m in plan.mechanisms if m.finding.ok],
         "waived": sorted(plan.waived),

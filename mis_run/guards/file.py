@@ -30,6 +30,7 @@ from mis_run.guards.file_judge import Judge
 from mis_run.guards.file_policy import Identity, Policy
 from mis_run.guards.marks import Marks
 from mis_run.late import Late, late
+from mis_run.later import Later
 from mis_run.linux import abi, fanotify, tasks
 from mis_run.linux.fanotify import Opened
 from mis_run.model import Finding
@@ -49,7 +50,8 @@ def supported() -> dict[str, Finding]:
         try:
             fanotify.mark_object(group, memory)
         finally:
-            os.close(group)
+            # The kernel waits until nobody can see the mark (SRCU), 10 to 20 ms: not we.
+            Later(lambda: os.close(group))
     except OSError as error:
         why = f"fanotify permission events: {os.strerror(error.errno or 0)}"
         return {"fanotify": Finding(False, why, fix)}

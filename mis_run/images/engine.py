@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from mis_run.errors import NotFound, SetupError
 from mis_run.images import blobs, config, layout
-from mis_run.images.unpack import MOST_BYTES
+from mis_run.images.unpack import MOST_BYTES, RESERVE
 from mis_run.model import Image
 
 TIMEOUT = 120.0  # seconds that an engine may think before it answers or sends on
@@ -39,8 +40,13 @@ def saved(image: Image, folder: Path) -> Iterator[layout.Found]:
         # By id: the name may lead to another image by now.
         for block in client.get_image(image.digest):
             size += len(block)
-            if size > MOST_BYTES:
-                raise SetupError(f"image {image.name} has more than {MOST_BYTES} bytes")
+            disk = os.fstatvfs(file.fileno())
+            if size > MOST_BYTES or disk.f_bavail * disk.f_frsize < RESERVE + len(block):
+                raise SetupError(
+                    f"image {image.name} is too big: {size} bytes so far, "
+                    f"{disk.f_bavail * disk.f_frsize} are free in {folder}",
+                    hint="mis image prune; or MIS_CACHE=FOLDER on a larger disk",
+                )
             file.write(block)
     with blobs.archive(path) as archive:
         yield layout.find(archive, image.name, "")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import crowd
@@ -265,16 +266,22 @@ def test_exec_with_more_rights_is_refused(box: Engine) -> None:
     assert "capabilities that the container does not have" in done.stdout + done.stderr
 
 
-def test_many_execs_leave_nothing_in_the_supervisor(box: Engine) -> None:
-    """A health check runs for days: each exec's listener is given back."""
-    start(box)
+@pytest.mark.parametrize("runtime", ["mis", "mis-lasting"])
+def test_many_execs_leave_nothing_behind(box: Engine, runtime: str) -> None:
+    """A health check runs for days: each exec's listener is given back, by the supervisor and by
+    the watchdog, which holds a copy where the container may outlive the supervisor."""
+    start(box, runtime=runtime)
     supervisor = facts()["supervisor"]
+    (watchdog,) = _children(supervisor)
     box.docker("exec", "box", "true")
 
     def count() -> int:
-        return len(list(Path(f"/proc/{supervisor}/fd").iterdir()))
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (supervisor, watchdog))
 
-    settled = wait_for(count)
+    sleep(0.5)  # the first one's listener is given back
+    settled = count()
+    box.docker("exec", "-d", "box", "sleep", "2")
+    wait_for(lambda: count() > settled)
     for _ in range(5):
         box.docker("exec", "box", "true")
     wait_for(lambda: count() <= settled)

@@ -149,6 +149,8 @@ def test_an_image_runs_as_it_says(images: Images) -> None:
     assert (done.code, done.out) == (0, "cmd\n1000\n/app\nimage\n"), done.err
     assert images.run("echo $FROM; exit 7", options=("-e", "FROM=me")).out == "me\n"
     assert images.run("exit 7").code == 7
+    began = next(event for event in done.events if event["kind"] == "run.start")
+    assert began["subject"]["image"].startswith("sha256:")
     assert images.run("/bin/id", "-u", options=("--entrypoint", "")).out == "1000\n"
     assert images.run("-u", options=("--entrypoint", "/bin/id")).out == "1000\n"
     missing = images.run("x", options=("--entrypoint", "/no/such/program"))

@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from layouts import Layout, sha
 from mis_run import cli, masks, plan, profiles
 from mis_run.errors import MisError, NotFound, SetupError, UsageError
 from mis_run.host import Caller
-from mis_run.images import blobs, config, layout, words
+from mis_run.images import blobs, config, engine, layout, words
 from mis_run.images.accounts import Accounts, user
 from mis_run.model import Host, Image, Options, User
 
@@ -533,3 +534,51 @@ def test_a_launch_without_an_image_does_not_pay_for_it() -> None:
     assert "mis_run.launch" in done
     ours = [name for name in done if name.startswith(("mis_run.images", "docker", "requests"))]
     assert ours == []
+
+
+# ---- an engine's answers ------------------------------------------------------------------------
+
+
+class Client:
+    """As much of the SDK's client as we use."""
+
+    def __init__(self, facts: dict[str, Any], blocks: list[bytes]) -> None:
+        self._facts, self._blocks = facts, blocks
+
+    def inspect_image(self, name: str) -> dict[str, Any]:
+        import docker.errors
+
+        if name != "x":
+            raise docker.errors.ImageNotFound("no such image")
+        return self._facts
+
+    def get_image(self, name: str) -> list[bytes]:
+        return self._blocks
+
+
+def test_an_engines_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it describes is checked as a layout is; what it saves must leave room on the disk."""
+    made = Layout(tmp_path / "lay")
+    made.add([HELLO], SETTINGS)
+    saved = made.saved(tmp_path / "saved.tar", "x:1").read_bytes()
+    facts = {"Os": "linux", "Architecture": config.machine(), "Config": SETTINGS, "Id": "sha256:1"}
+    facts["RootFS"] = {"Layers": [sha(HELLO)]}
+
+    @contextmanager
+    def client() -> Iterator[Client]:
+        yield Client(facts, [saved[:1000], saved[1000:]])
+
+    monkeypatch.setattr(engine, "_client", client)
+    image = engine.inspect("x")
+    assert (image.digest, image.layers, image.user) == ("sha256:1", (sha(HELLO),), "agent:staff")
+    with pytest.raises(NotFound, match="does not have it") as caught:
+        engine.inspect("y")
+    assert "docker pull y" in caught.value.hint
+    with engine.saved(image, tmp_path) as found:
+        assert found.image.layers == image.layers
+    monkeypatch.setattr(engine, "RESERVE", 1 << 60)
+    with pytest.raises(SetupError, match="too big"), engine.saved(image, tmp_path):
+        pass
+    facts["RootFS"] = None
+    with pytest.raises(SetupError, match="diff_ids"):
+        engine.inspect("x")
