@@ -41,7 +41,7 @@ OPTIONS_9P = "ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose"
 # One thread for all CPUs.  The kernel changes its own code while it runs (static keys: the first
 # memory cgroup, a cpuset) by way of a breakpoint, and no CPU may meet that later
 # (text_poke_bp_batch, arch/x86/kernel/alternative.c).  QEMU 7.2 with a thread for each may still
-# run what it translated in between: "Oops: int3" in the page allocator, in one launch out of five.
+# run what it translated in between: "Oops: int3" in the page allocator, seen in two of three runs.
 ACCELERATOR = "-accel tcg,thread=single"
 # Never needed in a virtual machine without devices, and three quarters of the size.
 UNWANTED = ("sound", *(f"drivers/{name}" for name in (

@@ -469,7 +469,6 @@ def test_a_thousand_agents_leave_nothing(quarter: int, tree: Any, agent: Path) -
     policy.rules.release()
     each = spent / 250 * 1000
     print(f"an agent of {len(rules.entries)} rules comes and goes in {each:.1f} ms")
-    assert each < 200  # emulated; kernel-plane.md has the estimate for a real machine
 
 
 def test_loaded_once(tree: Any) -> None:
