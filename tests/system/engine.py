@@ -154,6 +154,11 @@ def _facts(path: Path) -> dict[str, Any]:
         return {}
 
 
+def left(before: list[str]) -> list[str]:
+    """What `traces` finds that was not there ``before``. (What was, of an earlier test, may go.)"""
+    return sorted({*traces()} - {*before})
+
+
 def why_not() -> str | None:
     """Why no engine can run here; None when one can."""
     for program in ("dockerd", "containerd", "runc", "busybox", "clang", "/usr/bin/docker"):
