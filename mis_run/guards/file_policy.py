@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mis_run import masks, profiles, rootfs
@@ -257,6 +257,15 @@ def _denied_below(source: str, target: str, opens: Rules) -> Iterator[tuple[Iden
             except FileNotFoundError:  # gone since
                 continue
             yield (info.st_dev, info.st_ino), Outlaw(rule, _birth(path))
+
+
+def with_image(policy: Policy, image: str) -> Policy:
+    """The policy with what denials at any depth (``**/*.key``) name in an image's root, which the
+    agent may rename and link as it may in a workspace. Raises SetupError for a very large one."""
+    if not any(rule.effect is not Effect.ALLOW for _, rule in policy.opens.floating):
+        return policy
+    found = dict(_denied_below(image.rstrip("/"), "", policy.opens))
+    return replace(policy, objects={**found, **policy.objects})
 
 
 def _birth(path: str) -> int | None:

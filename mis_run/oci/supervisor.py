@@ -58,7 +58,8 @@ def policy_of(plan: Plan) -> Policy:
     # Without a working directory of its own the policy must not take our "/" for its.
     somewhere = plan if plan.cwd != Path("/") else replace(plan, cwd=Path("/nonexistent"))
     assert plan.rootfs is not None
-    return replace(file_policy.build(somewhere, Root(plan.rootfs, {})), places={"": True})
+    made = replace(file_policy.build(somewhere, Root(plan.rootfs, {})), places={"": True})
+    return file_policy.with_image(made, str(plan.rootfs))
 
 
 class Watcher(Follower):

@@ -392,12 +392,13 @@ def make(workspace: Path) -> None:
     shutil.copy(ACTS, workspace / "open/acts.py")
 
 
-def _prepared(workspace: Path, rows: list[Row], scratch: str) -> list[str]:
-    """The command line that runs the rows."""
+def prepared(workspace: Path, rows: list[Row], scratch: str, seen: str = "") -> list[str]:
+    """The command line that runs the rows; ``seen``: the workspace's path there, if another."""
     make(workspace)
     todo = [
         (f"r{number}", row.act, [
-            arg.format(W=workspace, T=scratch) if isinstance(arg, str) else arg for arg in row.args
+            arg.format(W=seen or workspace, T=scratch) if isinstance(arg, str) else arg
+            for arg in row.args
         ])
         for number, row in enumerate(rows)
     ]  # fmt: skip
@@ -407,7 +408,7 @@ def _prepared(workspace: Path, rows: list[Row], scratch: str) -> list[str]:
 
 def run(rows: list[Row], workspace: Path, plane: str) -> dict[str, Outcome]:
     """Launch an agent that does all of ``rows``; name → outcome."""
-    argv = _prepared(workspace, rows, "/var/tmp")
+    argv = prepared(workspace, rows, "/var/tmp")
     profile = workspace.parent / "profile.toml"
     profile.write_text(PROFILE)
     options = ("--profile", str(profile), "--net", "none", "--plane", plane)
@@ -443,7 +444,7 @@ class Launches:
 def control(rows: list[Row], workspace: Path) -> dict[str, int | str]:
     """What the same acts meet without mis-run, of rows that have a control."""
     rows = [row for row in rows if row.control is not None]
-    argv = _prepared(workspace, rows, str(workspace / "results"))
+    argv = prepared(workspace, rows, str(workspace / "results"))
     subprocess.run([sys.executable, *argv[1:]], cwd=workspace, check=True, timeout=240)
     met = json.loads((workspace / "results/results.json").read_text())
     return {row.name: met[f"r{number}"] for number, row in enumerate(rows)}
