@@ -6,6 +6,7 @@ file is refused; what is read at once is bounded.  Digests are the caller's to c
 
 from __future__ import annotations
 
+import io
 import os
 import posixpath
 import resource
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol
 
 from mis_run.errors import SetupError
 
@@ -86,12 +87,49 @@ class Folder:
             raise broken(self, name, error) from error
 
 
+class _Slice(io.RawIOBase):
+    """A part of an open file, at a position of its own.
+
+    A descriptor's position is shared with forked processes, and Python's buffers believe theirs:
+    after one process had read a layer, the next would go on from where that one ended.
+    """
+
+    def __init__(self, fd: int, start: int, size: int) -> None:
+        self._fd, self._start, self._size, self._at = os.dup(fd), start, size, 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """pread(2) within the part."""
+        view = memoryview(buffer)[: max(self._size - self._at, 0)]
+        count = os.preadv(self._fd, [view], self._start + self._at) if view else 0
+        self._at += count
+        return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As any file's."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def close(self) -> None:
+        """Give the descriptor back, once."""
+        if not self.closed:
+            os.close(self._fd)
+        super().close()
+
+
 class Archive:
     """A tar's members, found once and read where they are."""
 
-    def __init__(self, path: Path, tar: tarfile.TarFile) -> None:
+    def __init__(self, path: Path, fd: int, tar: tarfile.TarFile) -> None:
         self.where = str(path)
-        self._tar = tar
+        self._fd = fd
         self._members: dict[str, tarfile.TarInfo] = {}
         for count, member in enumerate(tar):
             if count == MOST_NAMES:
@@ -112,7 +150,7 @@ class Archive:
             raise SetupError(f"{self.where}: {name}: not in the archive")
         if not member.isreg() or member.issparse():
             raise SetupError(f"{self.where}: {name} is no regular file")
-        return cast("BinaryIO", self._tar.extractfile(member))
+        return io.BufferedReader(_Slice(self._fd, member.offset_data, member.size))
 
 
 @contextmanager
@@ -143,7 +181,7 @@ def archive(path: Path) -> Iterator[Archive]:
         try:
             with _little_memory():
                 tar = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
-                found = Archive(path, tar)
+                found = Archive(path, file.fileno(), tar)
         except UNREADABLE as error:
             raise SetupError(f"{path}: no archive of an image: {error}") from error
         yield found
