@@ -20,9 +20,10 @@ INFO = "/run/mis"  # what the agent is told about itself, and the shim
 SHIM = f"{INFO}/init"
 
 # What root inside may do: own and change files, drop to other users, signal its own children.
-# No CAP_NET_*, SYS_*, MKNOD, SETPCAP, SYS_CHROOT: nothing that reaches the kernel or the host.
+# No CAP_NET_*, SYS_*, MKNOD, SETPCAP, SYS_CHROOT: nothing that reaches the kernel or the host; no
+# FSETID: files on the host that it writes are never set-user-ID (escape_rules.mode_rules).
 ROOT_CAPABILITIES = (
-    *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL"),
+    *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL"),
     *("CAP_SETGID", "CAP_SETUID"),
 )
 
