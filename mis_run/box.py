@@ -68,6 +68,10 @@ class Box:
         """Tell the shim what the end of the lifeline means: ``open`` or ``closed``."""
         self._request(f"onloss {what}", "ok")
 
+    def scope(self) -> None:
+        """Have the agent, when it starts, reach no abstract sockets but its own."""
+        self._request("scope", "ok")
+
     def go(self, command: str, stdio: tuple[int, int, int] | None = None) -> None:
         """Execute the agent with ``stdio`` as its 0, 1 and 2 (default: the container's own).
 

@@ -214,6 +214,10 @@ def _launch(
             one.verify(box.probe)
         if link and link.interface:
             guard.verify_xdp(link.netns)
+        if plan.uses("landlock-scope"):
+            from mis_run.guards import scope
+
+            scope.attach(box)
         counted.ready()
         steps.done("verified")
         dog.watching(held)

@@ -248,6 +248,7 @@ class Mechanism:
     guarantee: Guarantee
     name: str
     finding: Finding
+    extra: bool = False  # better than promised: where it is missing nothing is refused
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,7 +125,7 @@ def check(plan: Plan) -> None:
     """Raise MissingGuarantee unless the host gives every basic and every required guarantee."""
     need(plan.host, BASICS, "start an agent")
     for mechanism in plan.mechanisms:
-        if mechanism.finding.ok:
+        if mechanism.finding.ok or mechanism.extra:
             continue
         missing = f"{mechanism.name} is missing: {mechanism.finding.detail}"
         fix = f"{mechanism.finding.fix}; or " if mechanism.finding.fix else ""
@@ -259,6 +259,10 @@ def _mechanisms(
     wanted += [(Guarantee.ESCAPE, "seccomp-notify")]
     wanted += planes.choose(options, profile, host)
     wanted += [(Guarantee.LIVENESS, "watchdog")]
-    return [
+    found = [
         Mechanism(guarantee, name, host.mechanisms.get(name, missing)) for guarantee, name in wanted
     ]
+    if network.mode is NetMode.HOST:  # abstract sockets of the host, from Linux 6.12 on
+        finding = host.mechanisms.get("landlock-scope", missing)
+        found.append(Mechanism(Guarantee.NET, "landlock-scope", finding, extra=True))
+    return found

@@ -54,6 +54,7 @@ _prctl = function("prctl", ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 _syscall = function("syscall", *[ctypes.c_long] * 4)
 _syscall.restype = ctypes.c_long
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_VERSION = 444, 1
 _BPF = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, 321)
 
 
@@ -80,6 +81,11 @@ def umount(target: str, flags: int = 0) -> None:
 def prctl(option: int, value: int) -> None:
     """prctl(2) with one argument."""
     _prctl(option, value, 0, 0, 0)
+
+
+def landlock_version() -> int:
+    """The version of Landlock's ABI (landlock_create_ruleset(2)). Raises OSError without it."""
+    return int(_syscall(_LANDLOCK_CREATE_RULESET, 0, 0, _LANDLOCK_VERSION))
 
 
 def bpf(command: int, attributes: bytes) -> int:
