@@ -66,7 +66,7 @@ def test_the_environment_is_a_clean_slate() -> None:
 
 
 def test_what_is_better_than_promised_refuses_nothing() -> None:
-    """Without Landlock's scopes a launch on the host's network is as before, and the plan says so."""
+    """Without Landlock's scopes the host's network is as before, and the plan says so."""
     assert "landlock-scope" not in show.plan(make())
     assert "landlock-scope  ok" in show.plan(make(net=NetMode.HOST))
     without = make(machine("landlock-scope"), net=NetMode.HOST)
