@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mis_run.errors import NotExecutable, NotFound, SetupError
+from mis_run.linux import programs
 
 START = 5.0  # seconds a created container may take to begin
 GONE = 10.0  # seconds after SIGKILL in which a container's last process must be gone
@@ -196,6 +197,8 @@ def _release(fifo: Path, pidfd: int) -> bool:
 def _runtime(argv: list[str], what: str) -> None:
     import subprocess  # late: 5 ms of import that runc never needs
 
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=30, check=False, env=programs.environment()
+    )
     if done.returncode:
         raise SetupError(f"{argv[0]} {what} failed: {done.stderr.strip()[-300:]}")

@@ -69,7 +69,7 @@ def _notifying(plan: Plan) -> dict[str, Any]:
     """The filter that hands over what the escape guard judges."""
     notify = escape_rules.notify_rules(sealed_memfds=memfd.sealable())
     governed = escape_rules.NAMES
-    if not all(bind.readonly for bind in plan.shared().values()):
+    if plan.writable():
         notify += escape_rules.mode_rules(plan.user.uid)
         governed |= escape_rules.MODE_AT.keys()
     return seccomp.profile(notify, left_out=governed)

@@ -70,7 +70,7 @@ def run(plan: Plan, *, quiet: bool = False) -> Ending:
     gc.sweep()
     with (
         state.create(plan.name) as run_dir,
-        report.open_record(run_dir.id, plan.log) as record,
+        report.open_record(run_dir.id, plan.log, plan.untrusted()) as record,
     ):
         steps = Steps()
         try:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def make(
     facts = {"HOME": caller.user.home, "WORKSPACE": str(cwd)}
     secrets = () if image else ("@secrets",)
     masked = profiles.expand((*secrets, *profile.files.deny), facts)
-    return Plan(
+    made = Plan(
         name=options.name,
         command=_command(options, image),
         cwd=cwd,
@@ -94,6 +95,19 @@ def make(
         waived=options.allow_missing,
         image=image,
         workspace=options.workdir is not None,
+    )
+    own = _own(made)
+    return replace(made, own=own, protected=(*made.protected, *own))
+
+
+def _own(plan: Plan) -> tuple[str, ...]:
+    """Where the agent could write to the rules of its next launch, or to the record of this one."""
+    log = [os.path.normpath(plan.log)] if plan.log else []
+    return tuple(
+        f"{target.rstrip('/')}/{Path(path).relative_to(bind.source)}"
+        for target, bind in plan.writable().items()
+        for path in (*plan.profile.sources, *log)
+        if Path(path).is_relative_to(bind.source)
     )
 
 

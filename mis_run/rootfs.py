@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mis_run import host_sockets, masks
-from mis_run.errors import SetupError
+from mis_run.errors import SetupError, UsageError
 from mis_run.linux import libc
 from mis_run.model import Finding, Host, Plan
 from mis_run.upper import FRESH as FRESH
@@ -231,16 +231,21 @@ def protected(plan: Plan) -> list[str]:
     """Those of ``plan.protected`` that exist and lie inside a writable bind.
 
     What does not exist cannot be mounted over without making it in the user's workspace; a link
-    is left out because a mount would land on what it points to.
+    is left out because a mount would land on what it points to.  Raises UsageError for a link that
+    leads to what the launch itself reads or writes: the agent could lead it elsewhere.
     """
     found = []
-    for target, bind in plan.shared().items():
-        if bind.readonly:
-            continue
+    for target, bind in plan.writable().items():
         for path in plan.protected:
             if not Path(path).is_relative_to(target) or path == target:
                 continue
             inside = f"{str(bind.source).rstrip('/')}/{Path(path).relative_to(target)}"
             if masks.resolve("", inside) == inside and os.path.lexists(inside):
                 found.append(path)
+    for path in plan.own:
+        if path not in found:
+            raise UsageError(
+                f"{path}: a symbolic link leads there, where the agent can change it",
+                hint="name the file itself, or one outside of what the agent may write",
+            )
     return sorted(set(found))

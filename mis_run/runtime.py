@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from mis_run.box import Box as Box
 from mis_run.box import ended
 from mis_run.bundle import LIFELINE
 from mis_run.errors import GuardLost, SetupError
-from mis_run.linux import libc
+from mis_run.linux import libc, programs
 from mis_run.linux.spawn import spawn
 from mis_run.model import Finding
 
@@ -51,7 +50,7 @@ def find(cgroup: str) -> Chosen:
     wanted = os.environ.get("MIS_RUNTIME")
     names = (wanted,) if wanted else ("runc", "crun")
     for name in names:
-        path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
+        path = programs.find(name)
         if path is None:
             continue
         if Path(path).name == "crun" and cgroup == "hybrid":

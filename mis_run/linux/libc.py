@@ -83,6 +83,11 @@ def prctl(option: int, value: int) -> None:
     _prctl(option, value, 0, 0, 0)
 
 
+def syscall(number: int, *arguments: Any) -> int:
+    """syscall(2) with at least three arguments; those beyond must be ctypes' own."""
+    return int(_syscall(number, *arguments))
+
+
 def landlock_version() -> int:
     """The version of Landlock's ABI (landlock_create_ruleset(2)). Raises OSError without it."""
     return int(_syscall(_LANDLOCK_CREATE_RULESET, 0, 0, _LANDLOCK_VERSION))
