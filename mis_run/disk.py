@@ -39,15 +39,17 @@ def of(folder: Path) -> str:
 def _source(device: int) -> int:
     """The block device that the file system with this number was mounted from, 0 for none."""
     number = f"{os.major(device)}:{os.minor(device)}"
-    for mount in mountinfo.read():
-        if mount.device == number and mount.source.startswith("/"):
-            try:
-                facts = os.stat(mount.source)  # noqa: PTH116 - a name, not a path of ours
-            except OSError:
-                continue
-            if stat.S_ISBLK(facts.st_mode):
-                return facts.st_rdev
-    return 0
+    sources = [mount.source for mount in mountinfo.read() if mount.device == number]
+    return next((found for source in sources if (found := block_device(source))), 0)
+
+
+def block_device(name: str) -> int:
+    """The number of the block device at a path, 0 if it is none."""
+    try:
+        facts = Path(name).stat()
+    except OSError:
+        return 0
+    return facts.st_rdev if stat.S_ISBLK(facts.st_mode) else 0
 
 
 def _kind(folder: Path) -> str:

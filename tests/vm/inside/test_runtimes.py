@@ -6,10 +6,8 @@ host plane is asked for: it is the one that needs descriptors from the runtime.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -66,10 +64,10 @@ def talk(port):
     with socket.create_connection((sys.argv[1], port), 20) as sock:
         sock.sendall(b"from " + sys.argv[2].encode())
         assert sock.recv(100).startswith(b"echo"), "no echo"
-tried("secret", lambda: open("none"))
-tried("file", lambda: open("some"))
-tried("outlaw", lambda: subprocess.run(["./outlaw"]))
-tried("program", lambda: subprocess.run(["./fine"], check=True))
+tried("secret", lambda: open("none/file"))
+tried("file", lambda: open("open/file"))
+tried("outlaw", lambda: subprocess.run(["open/outlaw"]))
+tried("program", lambda: subprocess.run(["open/fine"], check=True))
 tried("other port", lambda: talk(7002))
 tried("port", lambda: talk(7001))
 tried("raw", lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1))
@@ -80,20 +78,23 @@ sys.exit(7)
 """
 RULES = """
 [files]
-deny = ["...", "$WORKSPACE/none"]
+read = ["@system", "$WORKSPACE/open"]
+write = ["$WORKSPACE/open"]
 [exec]
-deny = ["...", "$WORKSPACE/outlaw"]
+allow = ["@system", "$WORKSPACE/open"]
+deny = ["$WORKSPACE/open/outlaw"]
 """
 
 
 def test_every_guard(runtime: str, workspace: Path) -> None:
     """File, program, network and escape guards are attached and proven, refuse what they must and
     nothing else; the same acts succeed outside."""
-    for name in ("none", "some"):
-        (workspace / name).write_text("x")
+    for name in ("none", "open"):
+        (workspace / name).mkdir()
+        (workspace / name / "file").write_text("x")
     for name in ("outlaw", "fine"):
-        (workspace / name).write_bytes(Path("/bin/true").read_bytes())
-        (workspace / name).chmod(0o755)
+        (workspace / "open" / name).write_bytes(Path("/bin/true").read_bytes())
+        (workspace / "open" / name).chmod(0o755)
     with host_elsewhere(workspace.parent) as there:
         rules = options(workspace, RULES, "guarded")
         rules += ("--allow-net", f"{HOST4}:7001/tcp")
@@ -124,11 +125,12 @@ def test_every_guard(runtime: str, workspace: Path) -> None:
 
 LOOP = """
 import os
+out = os.open("tries", os.O_WRONLY | os.O_CREAT)  # before any level closes writing
 for count in range(1000):
-    open("tries", "w").write(str(count))
+    os.pwrite(out, b"%4d" % count, 0)
     try:
         open("/etc/shadow")
-        open("read", "w").close()
+        os.pwrite(out, b" read", 4)
     except OSError:
         pass
 """
@@ -139,14 +141,13 @@ def test_emergency(runtime: str, workspace: Path) -> None:
     rules = options(workspace)
     done = run(*PYTHON, LOOP, cwd=workspace, options=rules, timeout=100)
     assert done.code == 119, done.err
-    assert not (workspace / "read").exists()
-    assert int((workspace / "tries").read_text()) < 100
+    assert int((workspace / "tries").read_text()) < 100  # and not one " read"
     assert event(done, "run.killed")["populated"] == 0
     rules = options(workspace, "[defcon]\nact = false\n")
     few = LOOP.replace("1000", "40")
     control = run(*PYTHON, few, cwd=workspace, options=rules, timeout=100)
     assert control.code == 0, control.err
-    assert (workspace / "tries").read_text() == "39"
+    assert (workspace / "tries").read_text() == "  39"
 
 
 def test_signals(runtime: str, workspace: Path) -> None:
@@ -183,7 +184,8 @@ def test_terminal(runtime: str, workspace: Path) -> None:
     """With -t the agent has a terminal, sent by the runtime; without it has none."""
     script = 'test -t 0 && test -t 1 && stty size >&2 && echo "a terminal"'
     ours, theirs = os.openpty()
-    argv = [*MIS_RUN, *options(workspace), "--quiet", "-t", "--", "sh", "-c", script]
+    argv = ["setsid", "--ctty", "--wait", *MIS_RUN, *options(workspace), "-q", "-t"]
+    argv += ["--", "sh", "-c", script]
     with subprocess.Popen(argv, cwd=workspace, stdin=theirs, stdout=theirs, stderr=theirs) as run_:
         os.close(theirs)
         said = b""
@@ -225,13 +227,12 @@ def test_a_runtime_that_sends_nothing(workspace: Path, monkeypatch: pytest.Monke
     assert (workspace / "ran").exists()
 
 
-def test_a_notification_of_a_late_listener(runtime: str, workspace: Path) -> None:
-    """What init and agent did before anybody looked at the filter's descriptor is not lost: the
-    canaries of the launch are counted, and those of the run go on."""
+def test_heartbeat(runtime: str, workspace: Path) -> None:
+    """Every guard is proven again and again while the agent runs, none is lost or late, and what
+    the agent does is told apart from that."""
     script = "sleep 5; unshare -r true"
     done = run("sh", "-c", script, cwd=workspace, options=options(workspace), timeout=100)
     assert done.code == 1, done.err
     assert [one["kind"] for one in done.denied()] == ["escape.unshare"]
     assert event(done, "run.exit")["canaries"] >= 1
-    assert json.dumps(done.events).count("canary.lost") == 0
-    assert socket.AF_ALG  # the second canary's family, see EscapeGuard.verify
+    assert not [one for one in done.events if one["kind"].startswith("canary.")]
