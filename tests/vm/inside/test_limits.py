@@ -15,13 +15,19 @@ from pathlib import Path
 
 import pytest
 from harness import run
-from test_runtimes import PYTHON, event, options, runtime, workspace  # noqa: F401 - fixtures
+from runtimes import (  # noqa: F401 - two are fixtures
+    PYTHON,
+    clean_workspace,
+    each_runtime,
+    event,
+    options,
+)
 
 MIB = 1 << 20
 SHOW = "cd /sys/fs/cgroup && cat memory.max memory.swap.max cpu.max pids.max"
 
 
-def test_as_written(runtime: str, workspace: Path) -> None:  # noqa: F811
+def test_as_written(runtime: str, workspace: Path) -> None:
     """The files of the agent's cgroup hold what the profile says; without limits they say max."""
     text = '[limits]\nmemory = "100M"\nswap = "20M"\ncpus = 0.5\npids = 50\n'
     done = run("sh", "-c", SHOW, cwd=workspace, options=options(workspace, text), timeout=100)
@@ -45,7 +51,7 @@ print(made, refused)
 """
 
 
-def test_fork_bomb(runtime: str, workspace: Path) -> None:  # noqa: F811
+def test_fork_bomb(runtime: str, workspace: Path) -> None:
     """Forks beyond the limit fail, are counted, and told; below it none does."""
     words = (*options(workspace), "--pids", "20")
     done = run(*PYTHON, BOMB, cwd=workspace, options=words, timeout=100)
@@ -58,7 +64,7 @@ def test_fork_bomb(runtime: str, workspace: Path) -> None:  # noqa: F811
     assert event(control, "run.exit")["usage"]["pids_denied"] == 0
 
 
-def test_memory_hog(runtime: str, workspace: Path) -> None:  # noqa: F811
+def test_memory_hog(runtime: str, workspace: Path) -> None:
     """The kernel kills at the limit, seen and told; below it the hog lives."""
     hog = "data = bytearray(200 << 20); print(len(data) >> 20)"
     words = (*options(workspace), "--memory", "64M")
@@ -83,7 +89,7 @@ while time.monotonic() < end:
 """
 
 
-def test_cpu_burner(runtime: str, workspace: Path) -> None:  # noqa: F811
+def test_cpu_burner(runtime: str, workspace: Path) -> None:
     """It gets the part of a core that it may have, and its throttling is told."""
     words = (*options(workspace), "--cpus", "0.2")
     done = run(*PYTHON, BURN, cwd=workspace, options=words, timeout=100)
@@ -142,7 +148,7 @@ print(written - began, time.monotonic() - written)
 """
 
 
-def test_disk(runtime: str, workspace: Path, disk: Path) -> None:  # noqa: F811
+def test_disk(runtime: str, workspace: Path, disk: Path) -> None:
     """Reads and writes keep to their rates on a partition's disk, and are counted."""
     rates = '[limits]\nio_write = "1M"\nio_read = "2M"\n'
     done = run(*PYTHON, DIRECT, cwd=disk, options=options(workspace, rates), timeout=100)
@@ -173,7 +179,7 @@ def test_the_kernel_takes_no_partition(disk: Path) -> None:
         group.rmdir()
 
 
-def test_no_disk(workspace: Path) -> None:  # noqa: F811
+def test_no_disk(workspace: Path) -> None:
     """Where there is no disk nothing starts, and the message says why; waived, it does."""
     rates = '[limits]\nio_write = "1M"\n'
     words = options(workspace, rates)
