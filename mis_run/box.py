@@ -36,6 +36,7 @@ class Box:
         self.lifeline = lifeline
         self.pty: int | None = None
         self.seccomp_fd: int | None = None
+        self.seccomp_later: socket.socket | None = None  # where it comes once the shim is started
         self.turn: Callable[[], None] | None = None
         self._runtime = runtime
         self._id = run_id

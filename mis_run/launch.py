@@ -174,7 +174,9 @@ def _launch(
         counted = on(counters.attach(group.unified, settings.counters, later=True))
         joining.result()
         steps.done("guards")
-        box.start()
+        runtime.started(box)
+        if box.seccomp_fd is not None and "escape" not in guards:  # crun: only now
+            guards["escape"] = on(escape.attach(box.seccomp_fd, stance))
         if plane and policy:  # nothing but the shim runs yet
             guards["kernel"] = kernel = plane.attach(plan, policy, box.pid)
         steps.done("shim")

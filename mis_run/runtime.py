@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -79,8 +80,9 @@ def create(
 
     ``meanwhile`` is called while the runtime works, which is the longest wait of a launch.
 
-    A seccomp-notify descriptor is received where the configuration has a ``listenerPath``, a
-    terminal where ``process.terminal`` is set.  Raises SetupError with the runtime's own words.
+    A seccomp-notify descriptor is received where the configuration has a ``listenerPath`` (by
+    `started` where the runtime sends it only then), a terminal where ``process.terminal`` is set.
+    Raises SetupError with the runtime's own words.
     """
     (folder / "config.json").write_text(json.dumps(config))
     base = [str(runtime), "--root", str(folder / "oci")]
@@ -105,8 +107,8 @@ def create(
             box.pty = receive(console)
             stack.callback(os.close, box.pty)
         if listener is not None:
-            box.seccomp_fd = receive(listener)
-            stack.callback(os.close, box.seccomp_fd)
+            stack.callback(_close_listener, box)
+            _expect(listener, box)
         yield box
 
 
@@ -172,11 +174,55 @@ def _listen(stack: ExitStack, path: Path) -> socket.socket:
 
 def receive(listener: socket.socket) -> int:
     """The descriptor a runtime sent to one of our sockets."""
+    with _accept(listener) as peer:
+        return _received(peer)
+
+
+def _expect(listener: socket.socket, box: Box) -> None:
+    """Take the seccomp-notify descriptor if it was sent: runc installs the filter during `create`.
+
+    crun connects then, but installs it, as no_new_privs allows, right before it executes the
+    container's init, so after `start` (container_init in its src/libcrun/container.c).
+    """
+    peer = _accept(listener)
+    if select.select([peer], [], [], 0)[0]:
+        with peer:
+            box.seccomp_fd = _received(peer)
+    else:
+        box.seccomp_later = peer
+
+
+def started(box: Box) -> None:
+    """Run the container's init; afterwards its filter's descriptor is there.
+
+    Nothing of the agent runs yet, and the init makes none of the calls that would wait for us.
+    """
+    box.start()
+    if box.seccomp_later is not None:
+        with box.seccomp_later as peer:
+            box.seccomp_later = None
+            box.seccomp_fd = _received(peer)
+
+
+def _close_listener(box: Box) -> None:
+    if box.seccomp_fd is not None:
+        os.close(box.seccomp_fd)
+    if box.seccomp_later is not None:
+        box.seccomp_later.close()
+
+
+def _accept(listener: socket.socket) -> socket.socket:
     try:
         peer, _ = listener.accept()
-        with peer:
-            peer.settimeout(5.0)
-            _, fds, _, _ = socket.recv_fds(peer, 64 << 10, 4)
+    except OSError as error:
+        raise SetupError(f"the runtime sent no descriptor: {error}") from error
+    peer.settimeout(5.0)
+    return peer
+
+
+def _received(peer: socket.socket) -> int:
+    try:
+        _, fds, _, _ = socket.recv_fds(peer, 64 << 10, 4)
     except OSError as error:
         raise SetupError(f"the runtime sent no descriptor: {error}") from error
     for extra in fds[1:]:
