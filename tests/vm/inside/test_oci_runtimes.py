@@ -60,7 +60,7 @@ def test_guarded_from_the_first_instruction(runtime: Runtime) -> None:
     number = str(abi.number("ptrace"))
     script = f"echo out; act syscall {number}"
     done = runtime("run", "--bundle", str(runtime.bundle("sh", "-c", script)), name)
-    assert (done.returncode, done.stdout) == (EPERM, "out\n"), done.stderr
+    assert (done.returncode, done.stdout) == (EPERM, "out\n1\n"), done.stderr
     (event,) = record(runtime, "first", "escape.ptrace")
     assert event["verdict"] == "deny"
     # The control: a call that nothing denies.
