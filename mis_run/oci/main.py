@@ -45,16 +45,18 @@ def dispatch(argv: Sequence[str]) -> int:
     call = words.parse(argv)
     if call.command in ("start", "delete", "exec") and not {"help", "h"} & {*call.options}:
         return _later(call)
-    runtime = _chosen(call)
+    from mis_run.oci import operator  # late, as everything that most calls can do without
+
+    decided = operator.load(call.config)
+    runtime = str(decided.runtime or find_runtime())
     if call.command not in ("create", "run") or {"help", "h"} & {*call.options}:
         return _become(runtime, call, call.arguments)
     if sys.flags.no_site:  # as our starter has it: the supervisor needs installed packages
         import site
 
         site.main()
-    from mis_run.oci import create, operator
+    from mis_run.oci import create
 
-    decided = operator.load(call.config)
     act = create.run if call.command == "run" else create.create
     return act(call, runtime, decided)
 
@@ -62,7 +64,11 @@ def dispatch(argv: Sequence[str]) -> int:
 def _later(call: Call) -> int:
     """What comes after ``create``: by the same OCI runtime, and only while there is a guard."""
     if call.command == "delete":
-        runtime = next(iter(runs.of(call).values()), None) or _chosen(call)
+        runtime = next(iter(runs.of(call).values()), "")
+        if not runtime:  # its supervisor has ended, and its run with it
+            from mis_run.oci import operator
+
+            runtime = str(operator.load(call.config).runtime or find_runtime())
         code = runs.run_and_wait(runtime, *call.base, call.command, *call.arguments)
         runs.wait_gone(call)
         return code
@@ -72,13 +78,6 @@ def _later(call: Call) -> int:
     from mis_run.oci import execute
 
     return _become(runtime, call, execute.words(call, folder))
-
-
-def _chosen(call: Call) -> str:
-    """The operator's OCI runtime, or the first that is here. Raises MisError."""
-    from mis_run.oci import operator  # late, as everything that most calls can do without
-
-    return str(operator.load(call.config).runtime or find_runtime())
 
 
 def find_runtime() -> str:
