@@ -48,6 +48,7 @@ def describe(
         (info / name).touch(mode=0o555)
     briefing.write(plan, info)
     notified = plan.uses("seccomp-notify")
+    protected = rootfs.protected(plan)
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     return bundle.Inside(
         root=root.path,
@@ -58,7 +59,8 @@ def describe(
         seccomp=_notifying(plan) if notified else seccomp.profile(),
         listener=folder / "seccomp.sock" if notified else None,
         hidden=rootfs.hidden(plan),
-        protected=rootfs.protected(plan),
+        protected=protected,
+        single=rootfs.single(plan, protected),
         swap=_swap_is_accounted(plan, group),
         device=_device(plan),
         files=files if files != resource.RLIM_INFINITY else bundle.FILES,

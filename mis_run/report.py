@@ -193,6 +193,8 @@ def summary(facts: Mapping[str, Any], record: Record) -> list[str]:
         lines.append(f"memory limit: {usage['oom_kills']} process(es) killed by the kernel")
     if usage.get("pids_denied"):
         lines.append(f"process limit: {usage['pids_denied']} fork(s) refused")
+    for line in facts.get("git", ()):
+        lines.append(f"look before you run git: {printable(line)}")
     for event in record.last[-3:]:
         what = printable(" ".join(str(value) for value in event.subject.values()))
         lines.append(f"{event.verdict}: {event.kind} {what} (rule: {event.rule or 'default'})")

@@ -12,7 +12,7 @@ Out of scope: what is mounted inside the container (`bundle`).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +225,17 @@ def _shown(path: str, binds: Mapping[str, str]) -> bool:
     """Whether it is there to be covered: not below another bind, which would get an empty file."""
     target = max((target for target in binds if masks.within(path, target)), key=len)
     return os.path.lexists(f"{binds[target]}{path[len(target) :]}")
+
+
+def single(plan: Plan, protected: Iterable[str]) -> set[str]:
+    """Of what is mounted for the agent to see or not to change: what is a file, as it sees it."""
+    binds = plan.shared()
+    found = {target for target, bind in binds.items() if not bind.source.is_dir()}
+    for path in protected:
+        target = max((t for t in binds if Path(path).is_relative_to(t)), key=len)
+        if not (binds[target].source / Path(path).relative_to(target)).is_dir():
+            found.add(path)
+    return found
 
 
 def protected(plan: Plan) -> list[str]:

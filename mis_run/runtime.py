@@ -108,7 +108,7 @@ def create(
             stack.callback(os.close, box.pty)
         if listener is not None:
             stack.callback(_close_listener, box)
-            _expect(listener, box)
+            box.seccomp_fd, box.seccomp_later = filter_of(listener)
         yield box
 
 
@@ -175,21 +175,21 @@ def _listen(stack: ExitStack, path: Path) -> socket.socket:
 def receive(listener: socket.socket) -> int:
     """The descriptor a runtime sent to one of our sockets."""
     with _accept(listener) as peer:
-        return _received(peer)
+        return received(peer)
 
 
-def _expect(listener: socket.socket, box: Box) -> None:
-    """Take the seccomp-notify descriptor if it was sent: runc installs the filter during `create`.
+def filter_of(listener: socket.socket) -> tuple[int | None, socket.socket | None]:
+    """The seccomp-notify descriptor if it was sent, else the connection by which it will come.
 
-    crun connects then, but installs it, as no_new_privs allows, right before it executes the
-    container's init, so after `start` (container_init in its src/libcrun/container.c).
+    runc installs the filter during `create`.  crun connects then, but installs it, as no_new_privs
+    allows, right before it executes the container's init, so after `start` (container_init in its
+    src/libcrun/container.c).
     """
     peer = _accept(listener)
-    if select.select([peer], [], [], 0)[0]:
-        with peer:
-            box.seccomp_fd = _received(peer)
-    else:
-        box.seccomp_later = peer
+    if not select.select([peer], [], [], 0)[0]:
+        return None, peer
+    with peer:
+        return received(peer), None
 
 
 def started(box: Box) -> None:
@@ -201,7 +201,7 @@ def started(box: Box) -> None:
     if box.seccomp_later is not None:
         with box.seccomp_later as peer:
             box.seccomp_later = None
-            box.seccomp_fd = _received(peer)
+            box.seccomp_fd = received(peer)
 
 
 def _close_listener(box: Box) -> None:
@@ -220,7 +220,8 @@ def _accept(listener: socket.socket) -> socket.socket:
     return peer
 
 
-def _received(peer: socket.socket) -> int:
+def received(peer: socket.socket) -> int:
+    """The one descriptor that comes by a connection. Raises SetupError."""
     try:
         _, fds, _, _ = socket.recv_fds(peer, 64 << 10, 4)
     except OSError as error:

@@ -37,7 +37,8 @@ def _errcheck(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
 
 def function(name: str, *argtypes: Any) -> Any:
     """libc's function with its prototype, raising OSError where it returns a negative number."""
-    function = getattr(_libc, name)
+    # Not getattr: that is one object for everybody, with the prototypes of whoever came last.
+    function: Any = _libc[name]
     function.argtypes = argtypes
     function.restype = ctypes.c_int
     function.errcheck = _errcheck

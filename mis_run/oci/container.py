@@ -76,8 +76,7 @@ def check_filter(pid: int) -> None:
         raise VerifyError(
             "escape guard: the container's init has no seccomp filter, or may gain rights "
             f"(Seccomp {status.get('Seccomp')}, NoNewPrivs {status.get('NoNewPrivs')})",
-            hint="the OCI runtime must be built with seccomp (runc --version), and install the "
-            "filter during create: runc does, crun only at start",
+            hint="the OCI runtime must be built with seccomp: runc --version",
         )
 
 
