@@ -67,6 +67,7 @@ int BPF_PROG(mis_task_alloc, struct task_struct *task)
 	if (to) { /* without it the child looks for itself */
 		*to = *from;
 		to->act = 0; /* it has repeated nothing yet */
+		to->hits = 0;
 	}
 	return 0;
 }

@@ -7,6 +7,7 @@ the deadline has passed every act of the agent is denied and kills it (`lsm_plan
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import struct
@@ -22,7 +23,7 @@ from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event
 from mis_run.guards import lsm_abi, lsm_plane
 from mis_run.guards.file import NO_CHILD
-from mis_run.guards.lsm_abi import AGENT, PLACE, RULE, STATE, AgentFlag
+from mis_run.guards.lsm_abi import AGENT, PLACE, RULE, STATE, AgentFlag, own_words
 from mis_run.guards.lsm_plane import supported
 from mis_run.guards.lsm_policy import Compiled
 from mis_run.linux import abi, bpf_pins, libbpf, libc
@@ -49,12 +50,14 @@ class LsmPolicy:
     capabilities: Sequence[str] = HARMLESS
     defcon: Defcon = field(default_factory=Defcon)
     processes: Path | None = None  # the cgroup that its processes are in; None: the guarded one
+    cache: bool = True  # what a walk found is remembered; False: to compare
     canary: str = ""  # a file whose rule is marked CANARY, as the container's init names it
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What the kernel counted; ``count`` is the decaying sum that the level follows from."""
+    """What the kernel counted; ``count`` is the decaying sum that the level follows from, ``hits``
+    the acts that what ``walks`` remembered did allow (in lots of 64 for each task)."""
 
     count: int
     denied: int
@@ -62,6 +65,8 @@ class Counts:
     killed: int
     events_lost: int
     canaries: int = 0
+    hits: int = field(default=0, compare=False)
+    walks: int = field(default=0, compare=False)
 
 
 class LsmGuard:
@@ -73,6 +78,9 @@ class LsmGuard:
         self._policy = policy
         self._plane = plane
         self._key = struct.pack("=Q", self.id)
+        self._slot = -1  # none yet
+        self._generation = 0
+        self._own = own_words(policy.rules.entries)
         self._deadline = policy.deadline
         self._level = defcon.NORMAL
         self._quiet = False
@@ -98,15 +106,18 @@ class LsmGuard:
             flags |= AgentFlag.LOSS_OPEN
         if policy.no_wx:
             flags |= AgentFlag.NO_WX
+        if not policy.cache:
+            flags |= AgentFlag.NO_CACHE
         late = time.monotonic_ns() + int(self._deadline * 1e9) if self._deadline else 0
-        self._plane.agents.update(
-            self._key,
+        self._plane.agents.write(
+            self._slot,
             AGENT.pack(
-                *(late, int(policy.defcon.decay * 1e9)),
+                *(self.id, self._generation, late, int(policy.defcon.decay * 1e9)),
                 *(lsm_abi.capability_mask(policy.capabilities), flags, self._depth),
                 *policy.defcon.thresholds,
                 *(effects[name] for name in ("writes", "binaries", "wx_memory", "explicit")),
                 *(effects["kill"], self._level, 0),
+                *self._own,
             ),
         )
 
@@ -117,9 +128,8 @@ class LsmGuard:
 
     def recount(self, count: int) -> None:
         """An operator's word on how many violations count, whatever was counted."""
-        raw = self._plane.states.lookup(self._key, STATE.size) or bytes(STATE.size)
-        _, _, _, *rest = STATE.unpack(raw)
-        self._plane.states.update(self._key, STATE.pack(0, count, time.monotonic_ns(), *rest))
+        _, _, _, *rest = self._state()
+        self._put_state(STATE.pack(0, count, time.monotonic_ns(), *rest))
 
     def arm(self, deadline: float) -> None:
         """Here the agent begins: what was tried until now was tried by us.
@@ -135,24 +145,47 @@ class LsmGuard:
 
     def counts(self) -> Counts:
         """What the kernel counted so far."""
-        raw = self._plane.states.lookup(self._key, STATE.size) or bytes(STATE.size)
-        _, count, _, denied, audited, killed, lost, canaries = STATE.unpack(raw)
-        return Counts(count, denied, audited, killed, lost, canaries)
+        _, count, _, *rest = self._state()
+        return Counts(count, *rest)
 
     # ---- attaching ------------------------------------------------------------------------
 
     def register(self) -> None:
         """From here on the agent is judged. The rules are complete before it is known."""
-        for place, entry in self._policy.rules.entries.items():
+        plane = self._plane
+        self._put_rules(self._policy.rules)
+        with lsm_plane.locked():
+            self._slot = plane.free_slot()
+            self._generation = plane.next_epoch()
+            self._reset()
+            plane.rings.update(self._key, struct.pack("=I", self._ring_fd))
+            self.renew()
+            plane.slots.update(self._key, struct.pack("=I", self._slot))
+            plane.announce()
+
+    def replace(self, rules: Compiled) -> None:
+        """Other rules from now on. Until this returns an act may be judged by a mixture."""
+        old = self._policy.rules
+        self._own = [a | b for a, b in zip(self._own, own_words(rules.entries), strict=True)]
+        self.renew()
+        self._put_rules(rules)
+        for place in old.entries.keys() - rules.entries.keys():
+            self._plane.rules.delete(PLACE.pack(self.id, place.inode, place.device, 0))
+        # What was remembered until here is void: it may have been found by the old ones.
+        with lsm_plane.locked():
+            self._generation = self._plane.next_epoch()
+            self._own = own_words(rules.entries)
+            self.renew()
+            self._plane.announce()
+        self._policy = dataclasses.replace(self._policy, rules=rules)
+        old.release()
+
+    def _put_rules(self, rules: Compiled) -> None:
+        for place, entry in rules.entries.items():
             self._plane.rules.update(
                 PLACE.pack(self.id, place.inode, place.device, 0),
                 RULE.pack(entry.allow, entry.deny, entry.number, entry.flags),
             )
-        self._plane.rings.update(self._key, struct.pack("=I", self._ring_fd))
-        self._reset()
-        with lsm_plane.locked():
-            self.renew()
-            self._plane.announce()
 
     def close(self) -> None:
         """The agent is known no more, and nothing of it is left in the maps."""
@@ -164,7 +197,14 @@ class LsmGuard:
         self._policy.rules.release()
 
     def _reset(self) -> None:
-        self._plane.states.update(self._key, bytes(STATE.size))
+        self._put_state(bytes(STATE.size))
+
+    def _state(self) -> tuple[int, ...]:
+        raw = self._plane.states.lookup(struct.pack("=I", self._slot), STATE.size)
+        return STATE.unpack(raw or bytes(STATE.size))
+
+    def _put_state(self, value: bytes) -> None:
+        self._plane.states.update(struct.pack("=I", self._slot), value, libbpf.BPF_F_LOCK)
 
     # ---- events ---------------------------------------------------------------------------
 
