@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -183,7 +182,8 @@ def main() -> int:
     """Print a table of ratios."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (65536, 65536))
     counting = "--count" in sys.argv[1:]
-    less = 10 if counting else 1
+    rounds = next((int(word) for word in sys.argv[1:] if word.isdecimal()), ROUNDS)
+    less = 20 if counting else 1
     taken: Taken = {}
     with tempfile.TemporaryDirectory() as folder, tmpfs(folder), group("outside") as outside:
         file = Path(folder, "a", "b", "file")
@@ -197,7 +197,7 @@ def main() -> int:
         def take(name: str, cgroup: Path) -> None:
             taken.setdefault(name, []).append(measure(program, file, cgroup, less))
 
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             lsm_plane.unload()
             take("no plane", outside)
             lsm_plane.ensure().close()
@@ -210,20 +210,18 @@ def main() -> int:
 
 
 def show(taken: Taken, unit: str, say: Callable[[str], None]) -> None:
-    """What a call costs without the plane, and what the other situations add: medians of the
-    differences and ratios within a round, and the widest distance between two rounds' ratios."""
-    base = taken.pop("no plane")
-    say(f"{'act':10} {'no plane, ' + unit:>22} " + " ".join(f"{name:>26}" for name in taken))
-    for act in base[0]:
+    """What a call costs without the plane, and what the other situations add: of the best rounds,
+    since whatever else happens in a round only adds; and how far its rounds lie apart."""
+    say(f"{'act':10} {'no plane, ' + unit:>24} " + " ".join(f"{name:>25}" for name in taken))
+    for act in taken["no plane"][0]:
         cells = []
         for rounds in taken.values():
-            more = [one[act] - none[act] for one, none in zip(rounds, base, strict=True)]
-            ratios = [one[act] / none[act] - 1 for one, none in zip(rounds, base, strict=True)]
-            spread = max(ratios) - min(ratios)
-            cells.append(
-                f"{statistics.median(more):+9.0f} {statistics.median(ratios):+7.1%} (±{spread / 2:5.1%})"
-            )
-        say(f"{act:10} {statistics.median(one[act] for one in base):22.0f} " + " ".join(cells))
+            found = [one[act] for one in rounds]
+            base = min(one[act] for one in taken["no plane"])
+            more = min(found) - base
+            apart = (max(found) - min(found)) / base / 2
+            cells.append(f"{more:+8.0f} {more / base:+7.1%} (±{apart:5.1%})")
+        say(f"{act:10} {base:24.0f} " + " ".join(cells))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,22 @@ static long meet(__u32 level, struct nearest *nearest)
 	return 0;
 }
 
+/* From the root and not from below, so that an agent may nest cgroups as deep as it likes. */
+static __noinline __u64 search(struct mis_scope *scope, __u64 cgroup, __u64 epoch, __u32 *slot)
+{
+	struct nearest nearest = {};
+
+	bpf_loop(DEEPEST + 1, meet, &nearest, 0);
+	if (scope) {
+		scope->agent = nearest.agent;
+		scope->slot = nearest.slot;
+		scope->cgroup = cgroup;
+		scope->epoch = epoch;
+	}
+	*slot = nearest.slot;
+	return nearest.agent;
+}
+
 /*
  * The agent of the current task, or NULL.  `scope` is what the task remembers; NULL when there was no
  * memory for it, or the storage is busy on this CPU.
@@ -95,7 +111,6 @@ static __always_inline struct mis_agent *current_agent(struct mis_scope **scope,
 {
 	__u32 zero = 0;
 	struct mis_plane *here = bpf_map_lookup_elem(&plane, &zero);
-	struct nearest nearest = {};
 	struct mis_agent *agent;
 	struct mis_scope *known;
 	__u64 epoch, cgroup;
@@ -115,17 +130,8 @@ static __always_inline struct mis_agent *current_agent(struct mis_scope **scope,
 		if (agent && agent->id == known->agent)
 			return agent;
 	}
-	/* From the root and not from below, so that an agent may nest cgroups as deep as it likes. */
-	bpf_loop(DEEPEST + 1, meet, &nearest, 0);
-	if (known) {
-		known->agent = nearest.agent;
-		known->slot = nearest.slot;
-		known->cgroup = cgroup;
-		known->epoch = epoch;
-	}
-	if (!nearest.agent)
+	if (!search(known, cgroup, epoch, slot))
 		return NULL;
-	*slot = nearest.slot;
 	return bpf_map_lookup_elem(&agents, slot);
 }
 

@@ -13,45 +13,27 @@ import os
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mis_run import defcon
 from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event
 from mis_run.guards import lsm_abi, lsm_plane
 from mis_run.guards.file import NO_CHILD
-from mis_run.guards.lsm_abi import AGENT, PLACE, RULE, STATE, AgentFlag, own_words
+from mis_run.guards.lsm_abi import PLACE, RULE, STATE, own_words
 from mis_run.guards.lsm_plane import supported
 from mis_run.guards.lsm_policy import Compiled
+from mis_run.guards.lsm_settings import LsmPolicy, Settings
 from mis_run.linux import abi, bpf_pins, libbpf, libc
 from mis_run.model import Defcon
 
-__all__ = ["Counts", "LsmGuard", "LsmPolicy", "attach", "supported"]
+__all__ = ["Compiled", "Counts", "Defcon", "LsmGuard", "LsmPolicy", "attach", "supported"]
 
 DEEPEST = 32  # scope.bpf.h
 RING = 256 * 1024
 BATCH = 128  # events per read: a storm must not keep the loop from its other work
-HARMLESS = ("chown", "dac_override", "fowner", "fsetid", "kill", "setgid", "setuid")
-"""What a root agent is given (bundle.py)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LsmPolicy:
-    """What one agent may do; ``rules`` from `lsm_policy.compile`."""
-
-    rules: Compiled
-    enforce: bool = True
-    on_loss: str = "closed"  # closed | open
-    deadline: float | None = None  # seconds without `renew`; None: no dead man
-    no_wx: bool = False
-    capabilities: Sequence[str] = HARMLESS
-    defcon: Defcon = field(default_factory=Defcon)
-    processes: Path | None = None  # the cgroup that its processes are in; None: the guarded one
-    cache: bool = True  # what a walk found is remembered; False: to compare
-    canary: str = ""  # a file whose rule is marked CANARY, as the container's init names it
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +61,12 @@ class LsmGuard:
         self._plane = plane
         self._key = struct.pack("=Q", self.id)
         self._slot = -1  # none yet
-        self._generation = 0
-        self._own = own_words(policy.rules.entries)
-        self._deadline = policy.deadline
-        self._level = defcon.NORMAL
-        self._quiet = False
         self._proving = bool(policy.canary)  # until `arm` there is no agent, only guards that try
-        self._depth = _depth(cgroup)
-        if self._depth > DEEPEST:
+        depth = _depth(cgroup)
+        if depth > DEEPEST:
             raise SetupError(f"{cgroup} is nested more than {DEEPEST} deep")
+        own = own_words(policy.rules.entries)
+        self._settings = Settings(id=self.id, depth=depth, own=own, deadline=policy.deadline)
         self._ring_fd = bpf_pins.make_ring(RING)
         self._ring = libbpf.Ring(libbpf.Map(self._ring_fd))
 
@@ -95,35 +74,11 @@ class LsmGuard:
 
     def renew(self) -> None:
         """We live: the agent may act until the deadline from now."""
-        policy = self._policy
-        effects = {**defcon.EFFECTS, **policy.defcon.effects}
-        if self._quiet or not policy.defcon.act:
-            effects = dict.fromkeys(effects, defcon.NEVER)
-        flags = AgentFlag(0)
-        if policy.enforce:
-            flags |= AgentFlag.ENFORCE
-        if policy.on_loss == "open":
-            flags |= AgentFlag.LOSS_OPEN
-        if policy.no_wx:
-            flags |= AgentFlag.NO_WX
-        if not policy.cache:
-            flags |= AgentFlag.NO_CACHE
-        late = time.monotonic_ns() + int(self._deadline * 1e9) if self._deadline else 0
-        self._plane.agents.write(
-            self._slot,
-            AGENT.pack(
-                *(self.id, self._generation, late, int(policy.defcon.decay * 1e9)),
-                *(lsm_abi.capability_mask(policy.capabilities), flags, self._depth),
-                *policy.defcon.thresholds,
-                *(effects[name] for name in ("writes", "binaries", "wx_memory", "explicit")),
-                *(effects["kill"], self._level, 0),
-                *self._own,
-            ),
-        )
+        self._plane.agents.write(self._slot, self._settings.pack(self._policy))
 
     def set_level(self, level: int) -> None:
         """An operator's word: the level is at most this, whatever was counted."""
-        self._level = level
+        self._settings.level = level
         self.renew()
 
     def recount(self, count: int) -> None:
@@ -140,7 +95,7 @@ class LsmGuard:
             continue
         self._reset()
         self._proving = False
-        self._deadline = deadline
+        self._settings.deadline = deadline
         self.renew()
 
     def counts(self) -> Counts:
@@ -156,7 +111,7 @@ class LsmGuard:
         self._put_rules(self._policy.rules)
         with lsm_plane.locked():
             self._slot = plane.free_slot()
-            self._generation = plane.next_epoch()
+            self._settings.generation = plane.next_epoch()
             self._reset()
             plane.rings.update(self._key, struct.pack("=I", self._ring_fd))
             self.renew()
@@ -164,21 +119,31 @@ class LsmGuard:
             plane.announce()
 
     def replace(self, rules: Compiled) -> None:
-        """Other rules from now on. Until this returns an act may be judged by a mixture."""
-        old = self._policy.rules
-        self._own = [a | b for a, b in zip(self._own, own_words(rules.entries), strict=True)]
+        """Other rules for what begins after this; until then an act may meet some of both.
+
+        A file never falls between them: the new ones are there before the old ones go, and what
+        was remembered is void in between.
+        """
+        old, settings = self._policy.rules, self._settings
+        wanted = own_words(rules.entries)
+        settings.own = [a | b for a, b in zip(settings.own, wanted, strict=True)]
         self.renew()
         self._put_rules(rules)
+        self._void()
         for place in old.entries.keys() - rules.entries.keys():
             self._plane.rules.delete(PLACE.pack(self.id, place.inode, place.device, 0))
-        # What was remembered until here is void: it may have been found by the old ones.
-        with lsm_plane.locked():
-            self._generation = self._plane.next_epoch()
-            self._own = own_words(rules.entries)
-            self.renew()
-            self._plane.announce()
+        self._void()
+        settings.own = wanted
+        self.renew()
         self._policy = dataclasses.replace(self._policy, rules=rules)
         old.release()
+
+    def _void(self) -> None:
+        """Make all void that was remembered of this agent's rights until here."""
+        with lsm_plane.locked():
+            self._settings.generation = self._plane.next_epoch()
+            self.renew()
+            self._plane.announce()
 
     def _put_rules(self, rules: Compiled) -> None:
         for place, entry in rules.entries.items():
@@ -229,7 +194,7 @@ class LsmGuard:
         """
         if probe is not None:
             self.beat(probe)
-        self._quiet = True  # what we try must not end in the effects of a level
+        self._settings.quiet = True  # what we try must not end in the effects of a level
         self.renew()
         with tempfile.TemporaryFile() as canary, ExitStack() as stack:
             os.fchmod(canary.fileno(), 0o755)
@@ -255,7 +220,7 @@ class LsmGuard:
         """What was tried so far was tried by us."""
         self.read()
         self._reset()
-        self._quiet = False
+        self._settings.quiet = False
         self.renew()
 
     def beat(self, probe: Callable[[str], int]) -> None:

@@ -119,7 +119,7 @@ class Plane:
         return free
 
     def next_epoch(self) -> int:
-        """A number that `announce` is about to give, and never gave. To be called under `locked`."""
+        """What `announce` will make of it: a number that never was. To be called under `locked`."""
         return int(PLANE.unpack(self._state.read(0))[0]) + 1
 
     def announce(self) -> None:

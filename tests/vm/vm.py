@@ -127,8 +127,9 @@ def run(
 
     ``share`` is a directory that the guest may write, at the same path; the rest of this
     machine's files are read-only there, or a throw-away layer (/tmp, /etc, /usr, /var …).
-    ``cgroups``: which kind of host the guest is, see layout.py; ``count``: see COUNTING. All processes of the virtual
-    machine end with this call, and with the calling thread however that dies.
+    ``cgroups``: which kind of host the guest is, see layout.py; ``count``: see COUNTING.
+    All processes of the virtual machine end with this call, and with the calling thread however
+    that dies.
     """
     image = kernel(line)
     with tempfile.TemporaryDirectory(prefix="mis-vm-") as folder:
@@ -152,7 +153,8 @@ def run(
             *("--memory", memory, "--rwdir", folder, "--append", f"{LSM} panic=-1"),
             *(("--rwdir", str(share)) if share else ()),
             *(() if interactive else ("--verbose",)),  # without it the console is lost
-            f"--qemu-opts={COUNTING if count else ACCELERATOR} -fsdev local,id=checkout,path={ROOT},security_model=none,"
+            f"--qemu-opts={COUNTING if count else ACCELERATOR} "
+            f"-fsdev local,id=checkout,path={ROOT},security_model=none,"
             "readonly=on,multidevs=remap -device virtio-9p-pci,fsdev=checkout,mount_tag=checkout",
             *("--", f"sh {script}"),
         ]
