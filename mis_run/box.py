@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mis_run.errors import NotExecutable, NotFound, SetupError
+from mis_run.linux import programs
 
 START = 5.0  # seconds a created container may take to begin
 GONE = 10.0  # seconds after SIGKILL in which a container's last process must be gone
@@ -35,6 +36,7 @@ class Box:
         self.lifeline = lifeline
         self.pty: int | None = None
         self.seccomp_fd: int | None = None
+        self.seccomp_later: socket.socket | None = None  # where it comes once the shim is started
         self.turn: Callable[[], None] | None = None
         self._runtime = runtime
         self._id = run_id
@@ -67,6 +69,10 @@ class Box:
     def on_loss(self, what: str) -> None:
         """Tell the shim what the end of the lifeline means: ``open`` or ``closed``."""
         self._request(f"onloss {what}", "ok")
+
+    def scope(self) -> None:
+        """Have the agent, when it starts, reach no abstract sockets but its own."""
+        self._request("scope", "ok")
 
     def go(self, command: str, stdio: tuple[int, int, int] | None = None) -> None:
         """Execute the agent with ``stdio`` as its 0, 1 and 2 (default: the container's own).
@@ -191,6 +197,8 @@ def _release(fifo: Path, pidfd: int) -> bool:
 def _runtime(argv: list[str], what: str) -> None:
     import subprocess  # late: 5 ms of import that runc never needs
 
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=30, check=False, env=programs.environment()
+    )
     if done.returncode:
         raise SetupError(f"{argv[0]} {what} failed: {done.stderr.strip()[-300:]}")

@@ -8,7 +8,7 @@ container-rootfs.md what lies where.  Fields: OCI runtime specification 1.0.2.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,9 +20,10 @@ INFO = "/run/mis"  # what the agent is told about itself, and the shim
 SHIM = f"{INFO}/init"
 
 # What root inside may do: own and change files, drop to other users, signal its own children.
-# No CAP_NET_*, SYS_*, MKNOD, SETPCAP, SYS_CHROOT: nothing that reaches the kernel or the host.
+# No CAP_NET_*, SYS_*, MKNOD, SETPCAP, SYS_CHROOT: nothing that reaches the kernel or the host; no
+# FSETID: files on the host that it writes are never set-user-ID (escape_rules.mode_rules).
 ROOT_CAPABILITIES = (
-    *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL"),
+    *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL"),
     *("CAP_SETGID", "CAP_SETUID"),
 )
 
@@ -58,6 +59,7 @@ class Inside:
     seccomp: Mapping[str, Any]
     hidden: Mapping[str, bool] = field(default_factory=dict)  # path inside a bind → is a folder
     protected: Sequence[str] = ()  # existing paths to make read-only inside writable binds
+    single: Collection[str] = ()  # those of ``protected`` and of the binds' targets that are files
     swap: bool = True  # whether the kernel accounts swap for a cgroup
     device: str | None = None  # MAJOR:MINOR of the disk that holds the workspace
     files: int = FILES  # our own hard limit of descriptors: raising it takes CAP_SYS_RESOURCE
@@ -122,14 +124,22 @@ def mounts(plan: Plan, inside: Inside) -> list[dict[str, Any]]:
         # Programs read their own limits here; in hybrid mode it would be a dozen mounts.
         found.append(_mount("/sys/fs/cgroup", "cgroup", "cgroup", *quiet, "ro"))
     layers = [
-        bound(bind.source, target, "ro" if bind.readonly else "rw")
+        bound(
+            bind.source,
+            target,
+            "ro" if bind.readonly else "rw",
+            folder=target not in inside.single,
+        )
         for target, bind in plan.shared().items()
     ]
     layers += [_cover(path, is_folder) for path, is_folder in inside.hidden.items()]
     # What lies higher is mounted first, else it would cover what lies inside it.
     layers.sort(key=lambda mount: len(PurePosixPath(mount["destination"]).parts))
     found += layers
-    found += [bound(path, path, mode) for path, mode in _pinned(plan, inside.protected)]
+    found += [
+        bound(path, path, mode, folder=path not in inside.single)
+        for path, mode in _pinned(plan, inside.protected)
+    ]
     found.append(_alone(inside.info, INFO))
     found.append(_alone(inside.shim, SHIM))
     return found
@@ -189,12 +199,17 @@ def _cover(path: str, is_folder: bool) -> dict[str, Any]:
     return _alone("/dev/null", path)
 
 
-def bound(source: Path | str, target: Path | str, mode: str, *more: str) -> dict[str, Any]:
+def bound(
+    source: Path | str, target: Path | str, mode: str, *more: str, folder: bool = True
+) -> dict[str, Any]:
     """A bind mount, ``mode`` "ro" or "rw", of ``source`` and of the mounts below it.
 
     Words without r are for the mount itself only; those with it reach the mounts below
-    (mount_setattr(2), since Linux 5.12), which would stay writable otherwise.
+    (mount_setattr(2), since Linux 5.12), which would stay writable otherwise.  crun takes them for
+    folders only.
     """
+    if not folder:
+        return _mount(os.fspath(target), "bind", os.fspath(source), "bind", *more, mode, *QUIET)
     words = ["rbind", *more, mode, *QUIET, *(f"r{word}" for word in QUIET)]
     return _mount(os.fspath(target), "bind", os.fspath(source), *words, *["rro"] * (mode == "ro"))
 

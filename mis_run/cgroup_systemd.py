@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mis_run.errors import SetupError
+from mis_run.linux import programs
 
 SLICE = "mis.slice"
 HOLDER = "holder"
@@ -45,7 +46,11 @@ def scope(run_id: str, unified: Path) -> Iterator[PurePosixPath]:
     argv = command(run_id)
     try:
         holder = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=programs.environment(),
         )
     except FileNotFoundError as error:
         raise SetupError("this is a systemd host without systemd-run", hint=HINT) from error

@@ -38,6 +38,12 @@ def advise(event: Mapping[str, Any]) -> Advice:
         return _network(verb, subject, who, rule)
     if area in ("file", "exec"):
         return _object(area, subject, who, rule)
+    if area == "escape" and "mode" in subject:
+        return Advice(
+            f"{who} wanted to make a file set-user-ID or set-group-ID (mode {subject['mode']})",
+            "on the host anybody could run it as the agent's user; it is allowed only where no "
+            "folder of the host is writable: mis-run --image IMAGE",
+        )
     if area == "escape":
         return Advice(
             f"{who} called {verb}",

@@ -18,7 +18,7 @@ from typing import Any
 from mis_run import cgroup, network, rootfs, runtime
 from mis_run.build import PACKAGE, ROOT
 from mis_run.errors import MissingGuarantee, UsageError
-from mis_run.guards import counters, escape, file, net
+from mis_run.guards import counters, escape, file, net, scope
 from mis_run.jsonable import plain
 from mis_run.linux import mountinfo
 from mis_run.model import Finding, Host, Options, User
@@ -83,6 +83,7 @@ def probe() -> Host:
         **network.supported(),
         **counters.supported(),
         **escape.supported(),
+        **scope.supported(),
         **file.supported(),
         **_kernel_plane(),
         "watchdog": Finding(True, "a process of its own"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 from mis_run import briefing, bundle, rootfs, rules, seccomp
 from mis_run.build import built
@@ -46,6 +47,7 @@ def describe(
         (info / name).touch(mode=0o555)
     briefing.write(plan, info)
     notified = plan.uses("seccomp-notify")
+    protected = rootfs.protected(plan)
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     return bundle.Inside(
         root=root.path,
@@ -53,18 +55,25 @@ def describe(
         cgroups_path=group.oci_path,
         shim=built("mis-init"),
         info=info,
-        seccomp=seccomp.profile(
-            escape_rules.notify_rules(sealed_memfds=memfd.sealable()), left_out=escape_rules.NAMES
-        )
-        if notified
-        else seccomp.profile(),
+        seccomp=_notifying(plan) if notified else seccomp.profile(),
         listener=folder / "seccomp.sock" if notified else None,
         hidden=rootfs.hidden(plan),
-        protected=rootfs.protected(plan),
+        protected=protected,
+        single=rootfs.single(plan, protected),
         swap=_swap_is_accounted(plan, group),
         device=_device(plan),
         files=files if files != resource.RLIM_INFINITY else bundle.FILES,
     )
+
+
+def _notifying(plan: Plan) -> dict[str, Any]:
+    """The filter that hands over what the escape guard judges."""
+    notify = escape_rules.notify_rules(sealed_memfds=memfd.sealable())
+    governed = escape_rules.NAMES
+    if plan.writable():
+        notify += escape_rules.mode_rules(plan.user.uid)
+        governed |= escape_rules.MODE_AT.keys()
+    return seccomp.profile(notify, left_out=governed)
 
 
 def _device(plan: Plan) -> str | None:

@@ -18,6 +18,7 @@ from mis_run import (
     bundle,
     cgroup,
     gc,
+    git_traps,
     interior,
     liveness,
     network,
@@ -70,9 +71,10 @@ def run(plan: Plan, *, quiet: bool = False) -> Ending:
     gc.sweep()
     with (
         state.create(plan.name) as run_dir,
-        report.open_record(run_dir.id, plan.log) as record,
+        report.open_record(run_dir.id, plan.log, plan.untrusted()) as record,
     ):
         steps = Steps()
+        repositories = git_traps.look(plan.untrusted())
         try:
             ending, facts = _launch(plan, run_dir, record, steps)
         except MisError as error:
@@ -80,6 +82,7 @@ def run(plan: Plan, *, quiet: bool = False) -> Ending:
             raise
         steps.done("teardown")
         facts = {"ending": ending.how, "code": ending.code, **facts, "setup": steps.seconds}
+        facts["git"] = git_traps.compare(repositories)
         record.write(Event(kind="run.exit", subject=facts))
         _tell(plan, record, facts, quiet=quiet)
         return ending
@@ -174,7 +177,9 @@ def _launch(
         counted = on(counters.attach(group.unified, settings.counters, later=True))
         joining.result()
         steps.done("guards")
-        box.start()
+        runtime.started(box)
+        if box.seccomp_fd is not None and "escape" not in guards:  # crun: only now
+            guards["escape"] = on(escape.attach(box.seccomp_fd, stance))
         if plane and policy:  # nothing but the shim runs yet
             guards["kernel"] = kernel = plane.attach(plan, policy, box.pid)
         steps.done("shim")
@@ -214,6 +219,10 @@ def _launch(
             one.verify(box.probe)
         if link and link.interface:
             guard.verify_xdp(link.netns)
+        if plan.uses("landlock-scope"):
+            from mis_run.guards import scope
+
+            scope.attach(box)
         counted.ready()
         steps.done("verified")
         dog.watching(held)
@@ -245,6 +254,6 @@ def _tell(plan: Plan, record: report.Record, facts: dict[str, Any], *, quiet: bo
     """The summary on stderr: always JSON when asked for, else unless quiet and uneventful."""
     if plan.json_report:
         print(json.dumps({"run": record.run_id, **facts}, default=str), file=sys.stderr)
-    elif not quiet or record.violations:
+    elif not quiet or record.violations or facts["git"]:
         for line in report.summary(facts, record):
             print(f"mis-run: {line}", file=sys.stderr)

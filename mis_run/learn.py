@@ -8,14 +8,16 @@ never learned: it stays in the profile as a comment for a person to decide.
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mis_run import host, plan, profiles, report
-from mis_run.errors import SetupError
+from mis_run.errors import SetupError, UsageError
 from mis_run.file_rules import Effect, Rule, Rules, compile_rules, resolved
 from mis_run.model import Options
 from mis_run.quoting import pattern, printable, toml
@@ -44,7 +46,7 @@ def run(options: Options, output: Path | None) -> int:
     """
     from mis_run import launch
 
-    with tempfile.TemporaryDirectory(prefix="mis-learn-", dir="/run") as folder:
+    with _replacing(output) as write, _scratch() as folder:
         source, log = Path(folder) / "learning.toml", Path(folder) / "record.jsonl"
         source.write_text(LEARNING)
         caller = host.caller(options.user, os.environ)
@@ -60,11 +62,45 @@ def run(options: Options, output: Path | None) -> int:
             )
         facts = {"HOME": made.user.home, "WORKSPACE": str(made.cwd)}
         text = render(events, facts, " ".join(options.command))
-    if output is None:
-        print(text, end="")
-    else:
-        output.write_text(text)
+        write(text)
     return code
+
+
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="mis-learn-", dir="/run")
+
+
+@contextmanager
+def _replacing(output: Path | None) -> Iterator[Callable[[str], None]]:
+    """What writes the profile.
+
+    The folder is looked up before the command runs, which may leave links for us; a file of that
+    name is replaced, not written to.
+    """
+    if output is None:
+        yield lambda text: print(text, end="")
+        return
+    try:
+        folder = os.open(output.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"--output {output}: {error.strerror}") from error
+
+    def write(text: str) -> None:
+        new = f".{output.name}.{secrets.token_hex(4)}"
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        try:
+            with os.fdopen(os.open(new, flags, 0o644, dir_fd=folder), "w") as file:
+                file.write(text)
+            os.replace(new, output.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(new, dir_fd=folder)
+            raise SetupError(f"--output {output}: {error.strerror}") from error
+
+    try:
+        yield write
+    finally:
+        os.close(folder)
 
 
 def _with(options: Options, profile: str, log: Path) -> Options:

@@ -139,11 +139,7 @@ def arm(
     argv += [sys.executable, "-I", "-c", "from mis_run import gc; gc.collect()"]
     fds = {1: writer, 2: 2, 3: theirs.fileno(), 4: itself, 5: record}
     with open(os.devnull) as nothing:
-        pid = spawn(
-            argv,
-            {0: nothing.fileno(), **fds},
-            env={"PATH": "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"},
-        )
+        pid = spawn(argv, {0: nothing.fileno(), **fds})
     theirs.close()
     os.close(writer)
     os.close(itself)

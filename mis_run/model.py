@@ -163,10 +163,12 @@ class Liveness:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """One profile with everything it extends merged in. ``source`` is the file it came from."""
+    """One profile with everything it extends merged in. ``source`` is the file it came from,
+    ``sources`` that one and all that it extends."""
 
     name: str
     source: str = ""
+    sources: tuple[str, ...] = ()
     description: str = ""
     require: frozenset[Guarantee] = frozenset()
     files: Files = field(default_factory=Files)
@@ -248,6 +250,7 @@ class Mechanism:
     guarantee: Guarantee
     name: str
     finding: Finding
+    extra: bool = False  # better than promised: where it is missing nothing is refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,12 +288,21 @@ class Plan:
     json_report: bool = False
     waived: frozenset[Guarantee] = frozenset()
     image: Image | None = None  # the root instead of the host's or ``rootfs``
+    own: tuple[str, ...] = ()  # those of ``protected`` without which there is no launch
     workspace: bool = True  # whether ``cwd`` is the host's, bound read-write at the same path
 
     def shared(self) -> dict[str, Bind]:
         """Everything of the host that the agent sees beside its root, by its path inside."""
         found = {str(self.cwd): Bind(self.cwd, self.cwd)} if self.workspace else {}
         return found | {str(bind.target): bind for bind in self.binds}
+
+    def writable(self) -> dict[str, Bind]:
+        """Those of `shared` that the agent may write to."""
+        return {path: bind for path, bind in self.shared().items() if not bind.readonly}
+
+    def untrusted(self) -> list[Path]:
+        """The host's folders in which agents may have left anything, links included."""
+        return [bind.source for bind in self.writable().values()]
 
     def uses(self, name: str) -> bool:
         """Whether the mechanism is part of this plan, and works here."""

@@ -8,7 +8,6 @@ of one nftables table, which `gc` removes.  docs/decisions/network-plumbing.md a
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from mis_run import namespace, nft, rules, shared
 from mis_run.errors import SetupError
 from mis_run.later import Later
+from mis_run.linux import programs
 from mis_run.model import Finding, NetMode, NetPlan
 from mis_run.state import ID
 
@@ -57,13 +57,13 @@ def supported() -> dict[str, Finding]:
     except (OSError, SetupError) as error:
         fix = "inside a container, mis-run needs --privileged or CAP_SYS_ADMIN"
         found["netns"] = Finding(False, f"no network namespace: {error}", fix)
-    missing = [name for name in ("nft", "ip") if shutil.which(name) is None]
+    missing = [name for name in ("nft", "ip") if programs.find(name) is None]
     try:
         socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12).close()  # NETLINK_NETFILTER
     except OSError as error:
         found["nftables"] = Finding(False, f"the kernel has no nftables: {error.strerror}")
     else:
-        text = f"not installed: {', '.join(missing)}" if missing else shutil.which("nft") or ""
+        text = f"not installed: {', '.join(missing)}" if missing else programs.find("nft") or ""
         found["nftables"] = Finding(not missing, text, "apt-get install nftables iproute2")
     return found
 
@@ -242,7 +242,14 @@ def _batch(commands: Sequence[str]) -> None:
 
 def _run(argv: list[str], text: str = "", *, check: bool = False) -> None:
     try:
-        done = subprocess.run(argv, input=text, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            argv,
+            input=text,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=programs.environment(),
+        )
     except OSError as error:
         raise SetupError(
             f"cannot run {argv[0]}: {error.strerror}", hint="apt-get install iproute2"

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mis_run.errors import SetupError
+from mis_run.linux import programs
 from mis_run.rules import POOL4, POOL6
 
 TABLE = "inet mis"
@@ -143,6 +144,7 @@ def _nft(*words: str, text: str = "", hold: Sequence[int] = ()) -> str:
             text=True,
             check=False,
             pass_fds=hold,
+            env=programs.environment(),
         )
     except OSError as error:
         raise SetupError(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def make(
     facts = {"HOME": caller.user.home, "WORKSPACE": str(cwd)}
     secrets = () if image else ("@secrets",)
     masked = profiles.expand((*secrets, *profile.files.deny), facts)
-    return Plan(
+    made = Plan(
         name=options.name,
         command=_command(options, image),
         cwd=cwd,
@@ -94,6 +95,19 @@ def make(
         waived=options.allow_missing,
         image=image,
         workspace=options.workdir is not None,
+    )
+    own = _own(made)
+    return replace(made, own=own, protected=(*made.protected, *own))
+
+
+def _own(plan: Plan) -> tuple[str, ...]:
+    """Where the agent could write to the rules of its next launch, or to the record of this one."""
+    log = [os.path.normpath(plan.log)] if plan.log else []
+    return tuple(
+        f"{target.rstrip('/')}/{Path(path).relative_to(bind.source)}"
+        for target, bind in plan.writable().items()
+        for path in (*plan.profile.sources, *log)
+        if Path(path).is_relative_to(bind.source)
     )
 
 
@@ -125,7 +139,7 @@ def check(plan: Plan) -> None:
     """Raise MissingGuarantee unless the host gives every basic and every required guarantee."""
     need(plan.host, BASICS, "start an agent")
     for mechanism in plan.mechanisms:
-        if mechanism.finding.ok:
+        if mechanism.finding.ok or mechanism.extra:
             continue
         missing = f"{mechanism.name} is missing: {mechanism.finding.detail}"
         fix = f"{mechanism.finding.fix}; or " if mechanism.finding.fix else ""
@@ -259,6 +273,10 @@ def _mechanisms(
     wanted += [(Guarantee.ESCAPE, "seccomp-notify")]
     wanted += planes.choose(options, profile, host)
     wanted += [(Guarantee.LIVENESS, "watchdog")]
-    return [
+    found = [
         Mechanism(guarantee, name, host.mechanisms.get(name, missing)) for guarantee, name in wanted
     ]
+    if network.mode is NetMode.HOST:  # abstract sockets of the host, from Linux 6.12 on
+        finding = host.mechanisms.get("landlock-scope", missing)
+        found.append(Mechanism(Guarantee.NET, "landlock-scope", finding, extra=True))
+    return found

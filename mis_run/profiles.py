@@ -36,8 +36,9 @@ def load(name: str, *, search: Sequence[Path] | None = None) -> Profile:
     Raises ProfileError (a UsageError) for whatever is wrong with it.
     """
     path = _find(name, search_path() if search is None else search, Path.cwd)
-    data = _merged(path, search_path() if search is None else search, ())
-    return schema.build(data, name=path.stem, source=str(path))
+    sources: list[str] = []
+    data = _merged(path, search_path() if search is None else search, (), sources)
+    return schema.build(data, name=path.stem, sources=sources)
 
 
 def search_path() -> list[Path]:
@@ -102,14 +103,18 @@ def _find(name: str, search: Sequence[Path], base: Any) -> Path:
     )
 
 
-def _merged(path: Path, search: Sequence[Path], above: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's values over those of what it extends, checked file by file."""
+def _merged(
+    path: Path, search: Sequence[Path], above: tuple[Path, ...], sources: list[str]
+) -> dict[str, Any]:
+    """The file's values over those of what it extends, checked file by file; each file read is
+    added to ``sources``."""
     if path in above:
         chain = " → ".join(str(one) for one in (*above, path))
         raise ProfileError(f"{path}: extends goes round in a circle: {chain}")
     if len(above) >= MOST_DEPTH:
         raise ProfileError(f"{path}: extends goes deeper than {MOST_DEPTH} profiles")
     text = _read(path)
+    sources += dict.fromkeys((os.path.normpath(path), os.path.realpath(path)))
     try:
         data = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -123,7 +128,7 @@ def _merged(path: Path, search: Sequence[Path], above: tuple[Path, ...]) -> dict
     except UsageError as error:
         line = schema.Place(str(path), text).line(("extends",))
         raise ProfileError(f"{path}:{line}: extends: {error.message}", hint=error.hint) from None
-    base = _merged(found, search, (*above, path))
+    base = _merged(found, search, (*above, path), sources)
     base.pop("description", None)
     return _over(base, data)
 

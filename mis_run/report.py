@@ -6,18 +6,21 @@ docs/record.md describes the schema (`events.SCHEMA`).  The file is bounded: aft
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from mis_run.errors import SetupError
 from mis_run.events import Event
+from mis_run.linux.beneath import open_beneath
 from mis_run.model import Plan
 from mis_run.quoting import printable
 
@@ -82,11 +85,12 @@ def facts(plan: Plan, record: Record) -> dict[str, Any]:
 
 
 @contextmanager
-def open_record(run_id: str, log: Path | None) -> Iterator[Record]:
+def open_record(run_id: str, log: Path | None, untrusted: Iterable[Path] = ()) -> Iterator[Record]:
     """The record of one run, in ``log`` or, without one, in RECORDS.
 
-    Raises SetupError when an explicit ``log`` cannot be written; the default place failing
-    (a read-only /var) costs only the file, and says so.
+    In ``untrusted`` folders agents write, and may have left a link to a file of ours: there no
+    link is followed.  Raises SetupError when an explicit ``log`` cannot be written; the default
+    place failing (a read-only /var) costs only the file, and says so.
     """
     path = log or RECORDS / f"{run_id}.jsonl"
     out: TextIO | None = None
@@ -94,17 +98,35 @@ def open_record(run_id: str, log: Path | None) -> Iterator[Record]:
         if log is None:
             RECORDS.mkdir(mode=0o700, parents=True, exist_ok=True)
             _prune()
-        fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        out = os.fdopen(fd, "w")
+        out = os.fdopen(_open(path, tuple(untrusted)), "w")
     except OSError as error:
         if log is not None:
-            raise SetupError(f"--log {log}: {error.strerror}") from error
+            words = {errno.ELOOP: "a link in a folder that agents write to"}
+            raise SetupError(
+                f"--log {log}: {words.get(error.errno or 0, error.strerror)}",
+                hint="name a file outside of the workspace, or none: mis logs finds the record",
+            ) from error
         print(f"mis-run: no record: {path}: {error.strerror}", file=sys.stderr)
     try:
         yield Record(run_id, out, path if out else None)
     finally:
         if out:
             out.close()
+
+
+def _open(path: Path, untrusted: Sequence[Path]) -> int:
+    """From where the path enters an untrusted folder on, no link is followed, and only a file is
+    written to."""
+    flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+    for above in reversed(path.parents):
+        real = Path(os.path.realpath(above))
+        if any(real.is_relative_to(folder) for folder in untrusted):
+            fd = open_beneath(real, path.relative_to(above), flags | os.O_NONBLOCK, 0o600)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return fd
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a file")
+    return os.open(path, flags, 0o600)
 
 
 def _prune() -> None:
@@ -171,6 +193,8 @@ def summary(facts: Mapping[str, Any], record: Record) -> list[str]:
         lines.append(f"memory limit: {usage['oom_kills']} process(es) killed by the kernel")
     if usage.get("pids_denied"):
         lines.append(f"process limit: {usage['pids_denied']} fork(s) refused")
+    for line in facts.get("git", ()):
+        lines.append(f"look before you run git: {printable(line)}")
     for event in record.last[-3:]:
         what = printable(" ".join(str(value) for value in event.subject.values()))
         lines.append(f"{event.verdict}: {event.kind} {what} (rule: {event.rule or 'default'})")

@@ -150,7 +150,7 @@ def _supervise(
 
     on, plan, settings = stack.enter_context, known.plan, known.plan.profile
     loop = on(supervise.loop())
-    record = on(report.open_record(path.name, known.record))
+    record = on(report.open_record(path.name, known.record, known.plan.untrusted()))
     dog = on(liveness.adopt(loop, settings.liveness, known.watchdog, beats))
     group = _cgroup(path.name, known)
     lifeline = socket.socket(fileno=os.dup(held["lifeline"]))

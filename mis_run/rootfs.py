@@ -12,13 +12,13 @@ Out of scope: what is mounted inside the container (`bundle`).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mis_run import host_sockets, masks
-from mis_run.errors import SetupError
+from mis_run.errors import SetupError, UsageError
 from mis_run.linux import libc
 from mis_run.model import Finding, Host, Plan
 from mis_run.upper import FRESH as FRESH
@@ -227,20 +227,36 @@ def _shown(path: str, binds: Mapping[str, str]) -> bool:
     return os.path.lexists(f"{binds[target]}{path[len(target) :]}")
 
 
+def single(plan: Plan, protected: Iterable[str]) -> set[str]:
+    """Of what is mounted for the agent to see or not to change: what is a file, as it sees it."""
+    binds = plan.shared()
+    found = {target for target, bind in binds.items() if not bind.source.is_dir()}
+    for path in protected:
+        target = max((t for t in binds if Path(path).is_relative_to(t)), key=len)
+        if not (binds[target].source / Path(path).relative_to(target)).is_dir():
+            found.add(path)
+    return found
+
+
 def protected(plan: Plan) -> list[str]:
     """Those of ``plan.protected`` that exist and lie inside a writable bind.
 
     What does not exist cannot be mounted over without making it in the user's workspace; a link
-    is left out because a mount would land on what it points to.
+    is left out because a mount would land on what it points to.  Raises UsageError for a link that
+    leads to what the launch itself reads or writes: the agent could lead it elsewhere.
     """
     found = []
-    for target, bind in plan.shared().items():
-        if bind.readonly:
-            continue
+    for target, bind in plan.writable().items():
         for path in plan.protected:
             if not Path(path).is_relative_to(target) or path == target:
                 continue
             inside = f"{str(bind.source).rstrip('/')}/{Path(path).relative_to(target)}"
             if masks.resolve("", inside) == inside and os.path.lexists(inside):
                 found.append(path)
+    for path in plan.own:
+        if path not in found:
+            raise UsageError(
+                f"{path}: a symbolic link leads there, where the agent can change it",
+                hint="name the file itself, or one outside of what the agent may write",
+            )
     return sorted(set(found))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import select
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from mis_run.box import Box as Box
 from mis_run.box import ended
 from mis_run.bundle import LIFELINE
 from mis_run.errors import GuardLost, SetupError
-from mis_run.linux import libc
+from mis_run.linux import libc, programs
 from mis_run.linux.spawn import spawn
 from mis_run.model import Finding
 
@@ -50,7 +50,7 @@ def find(cgroup: str) -> Chosen:
     wanted = os.environ.get("MIS_RUNTIME")
     names = (wanted,) if wanted else ("runc", "crun")
     for name in names:
-        path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
+        path = programs.find(name)
         if path is None:
             continue
         if Path(path).name == "crun" and cgroup == "hybrid":
@@ -80,8 +80,9 @@ def create(
 
     ``meanwhile`` is called while the runtime works, which is the longest wait of a launch.
 
-    A seccomp-notify descriptor is received where the configuration has a ``listenerPath``, a
-    terminal where ``process.terminal`` is set.  Raises SetupError with the runtime's own words.
+    A seccomp-notify descriptor is received where the configuration has a ``listenerPath`` (by
+    `started` where the runtime sends it only then), a terminal where ``process.terminal`` is set.
+    Raises SetupError with the runtime's own words.
     """
     (folder / "config.json").write_text(json.dumps(config))
     base = [str(runtime), "--root", str(folder / "oci")]
@@ -106,8 +107,8 @@ def create(
             box.pty = receive(console)
             stack.callback(os.close, box.pty)
         if listener is not None:
-            box.seccomp_fd = receive(listener)
-            stack.callback(os.close, box.seccomp_fd)
+            stack.callback(_close_listener, box)
+            box.seccomp_fd, box.seccomp_later = filter_of(listener)
         yield box
 
 
@@ -173,11 +174,56 @@ def _listen(stack: ExitStack, path: Path) -> socket.socket:
 
 def receive(listener: socket.socket) -> int:
     """The descriptor a runtime sent to one of our sockets."""
+    with _accept(listener) as peer:
+        return received(peer)
+
+
+def filter_of(listener: socket.socket) -> tuple[int | None, socket.socket | None]:
+    """The seccomp-notify descriptor if it was sent, else the connection by which it will come.
+
+    runc installs the filter during `create`.  crun connects then, but installs it, as no_new_privs
+    allows, right before it executes the container's init, so after `start` (container_init in its
+    src/libcrun/container.c).
+    """
+    peer = _accept(listener)
+    if not select.select([peer], [], [], 0)[0]:
+        return None, peer
+    with peer:
+        return received(peer), None
+
+
+def started(box: Box) -> None:
+    """Run the container's init; afterwards its filter's descriptor is there.
+
+    Nothing of the agent runs yet, and the init makes none of the calls that would wait for us.
+    """
+    box.start()
+    if box.seccomp_later is not None:
+        with box.seccomp_later as peer:
+            box.seccomp_later = None
+            box.seccomp_fd = received(peer)
+
+
+def _close_listener(box: Box) -> None:
+    if box.seccomp_fd is not None:
+        os.close(box.seccomp_fd)
+    if box.seccomp_later is not None:
+        box.seccomp_later.close()
+
+
+def _accept(listener: socket.socket) -> socket.socket:
     try:
         peer, _ = listener.accept()
-        with peer:
-            peer.settimeout(5.0)
-            _, fds, _, _ = socket.recv_fds(peer, 64 << 10, 4)
+    except OSError as error:
+        raise SetupError(f"the runtime sent no descriptor: {error}") from error
+    peer.settimeout(5.0)
+    return peer
+
+
+def received(peer: socket.socket) -> int:
+    """The one descriptor that comes by a connection. Raises SetupError."""
+    try:
+        _, fds, _, _ = socket.recv_fds(peer, 64 << 10, 4)
     except OSError as error:
         raise SetupError(f"the runtime sent no descriptor: {error}") from error
     for extra in fds[1:]:

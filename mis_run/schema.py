@@ -356,7 +356,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(filter(None, known))}"
 
 
-def build(data: Mapping[str, Any], *, name: str, source: str) -> model.Profile:
+def build(data: Mapping[str, Any], *, name: str, sources: Sequence[str]) -> model.Profile:
     """Checked and merged values → Profile."""
     read = {
         section: {key: SECTIONS[section][key].read(value) for key, value in values.items()}
@@ -365,7 +365,8 @@ def build(data: Mapping[str, Any], *, name: str, source: str) -> model.Profile:
     }
     return model.Profile(
         name=name,
-        source=source,
+        source=sources[0],
+        sources=tuple(sources),
         description=str(data.get("description", "")),
         require=read.get("require", {}).get("guarantees", frozenset()),
         files=model.Files(**read.get("files", {})),

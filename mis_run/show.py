@@ -111,7 +111,7 @@ def _mechanism(made: Plan, mechanism: Mechanism) -> str:
         return f"{name} {_colour(GREEN, 'ok')}       {mechanism.finding.detail}"
     if mechanism.guarantee in made.waived:
         state = "waived"
-    elif mechanism.guarantee in made.profile.require:
+    elif mechanism.guarantee in made.profile.require and not mechanism.extra:
         state = _colour(RED, "MISSING")
     else:
         state = "absent"

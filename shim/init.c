@@ -18,6 +18,7 @@
  *   probe ACT ARGS...   probed ERRNO        0: the act succeeded
  *   hold + descriptors  held COUNT          keeps them open for as long as we live
  *   onloss open|closed  ok 0                whether the end of the lifeline ends us
+ *   scope               ok 0                the agent will reach its own abstract sockets only
  *   go [+ descriptors]  started PID | failed ERRNO STEP
  *                                           three descriptors become the agent's 0, 1 and 2; else
  *                                           it has ours
@@ -33,6 +34,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,6 +42,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -50,7 +53,7 @@
 
 static int lifeline;
 static pid_t agent;
-static int open_on_loss;
+static int open_on_loss, scoped;
 static char **command;
 
 static const int forwarded[] = { SIGHUP,  SIGINT,   SIGQUIT, SIGTERM, SIGUSR1,
@@ -135,8 +138,42 @@ static int told_by_child(int report[2], int silent)
 	return error;
 }
 
-/* open or exec PATH in a child, which is killed if it executed it. Returns 0 or an errno. */
-static int act_in_child(int executes, int flags, char *path)
+/*
+ * From now on this process and its children connect to no abstract socket that others have bound
+ * (landlock(7), Linux 6.12).  As in linux/landlock.h, which on older systems lacks the last field.
+ */
+static int scope(void)
+{
+	struct {
+		unsigned long long files, ports, scoped;
+	} wanted = { .scoped = 1 /* LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET */ };
+	int fd = syscall(SYS_landlock_create_ruleset, &wanted, sizeof(wanted), 0), error;
+
+	if (fd < 0)
+		return errno;
+	error = syscall(SYS_landlock_restrict_self, fd, 0) ? errno : 0;
+	close(fd);
+	return error;
+}
+
+/* Connect to an abstract socket, as the agent will be able to. Returns 0 or an errno. */
+static int connect_abstract(const char *name)
+{
+	struct sockaddr_un to = { .sun_family = AF_UNIX };
+	size_t length = strlen(name);
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), error = scoped ? scope() : 0;
+
+	if (fd < 0 || length >= sizeof(to.sun_path))
+		return EINVAL;
+	memcpy(to.sun_path + 1, name, length);
+	length += offsetof(struct sockaddr_un, sun_path) + 1;
+	return error ?: connect(fd, (void *)&to, length) ? errno : 0;
+}
+
+enum act { OPEN, EXEC, ABSTRACT };
+
+/* One act on a path or name, in a child that is killed if it executed it. Returns 0 or an errno. */
+static int act_in_child(enum act act, int flags, char *path)
 {
 	int report[2], error;
 	pid_t child;
@@ -147,15 +184,18 @@ static int act_in_child(int executes, int flags, char *path)
 	if (child == 0) {
 		char *argv[] = { path, NULL }, *envp[] = { NULL };
 
-		if (executes)
+		if (act == EXEC)
 			execve(path, argv, envp);
-		error = executes || open(path, flags | O_CLOEXEC | O_NONBLOCK, 0600) < 0 ? errno : 0;
+		if (act == ABSTRACT)
+			error = connect_abstract(path);
+		else
+			error = act == EXEC || open(path, flags | O_CLOEXEC | O_NONBLOCK, 0600) < 0 ? errno : 0;
 		(void)!write(report[1], &error, sizeof(error));
 		_exit(0);
 	}
 	error = child < 0 ? errno : 0;
 	/* A child that says nothing has executed, or was killed before it opened. */
-	error = error ?: told_by_child(report, executes ? 0 : ECANCELED);
+	error = error ?: told_by_child(report, act == EXEC ? 0 : ECANCELED);
 	if (child > 0) {
 		kill(child, SIGKILL);
 		waitpid(child, NULL, 0);
@@ -181,9 +221,11 @@ static int probe(const char *act, char **args, int count)
 		return 0;
 	}
 	if (!strcmp(act, "open") && count == 2)
-		return act_in_child(0, strtol(args[0], NULL, 0), args[1]);
+		return act_in_child(OPEN, strtol(args[0], NULL, 0), args[1]);
 	if (!strcmp(act, "exec") && count == 1)
-		return act_in_child(1, 0, args[0]);
+		return act_in_child(EXEC, 0, args[0]);
+	if (!strcmp(act, "abstract") && count == 1)
+		return act_in_child(ABSTRACT, 0, args[0]);
 	if (!strcmp(act, "syscall") && count >= 1 && count <= 7) {
 		for (int n = 1; n < count; n++)
 			values[n - 1] = strtol(args[n], NULL, 0);
@@ -217,6 +259,8 @@ static int become(const int *fds, int count)
 		(void)!write(fd, OOM_SCORE, strlen(OOM_SCORE));
 		close(fd);
 	}
+	if (scoped && (fd = scope()))
+		return fd;
 	for (int n = 1; n < NSIG; n++)
 		signal(n, SIG_DFL);
 	sigemptyset(&none);
@@ -290,6 +334,9 @@ static void request(void)
 		answer("held", many, "");
 	} else if (!strcmp(args[0], "onloss") && count == 2) {
 		open_on_loss = !strcmp(args[1], "open");
+		answer("ok", 0, "");
+	} else if (!strcmp(args[0], "scope")) {
+		scoped = 1;
 		answer("ok", 0, "");
 	} else if (!strcmp(args[0], "go") && !agent) {
 		error = go(fds, many);

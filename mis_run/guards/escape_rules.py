@@ -71,6 +71,9 @@ FAMILIES = dict(
 TYPES = {1: "stream", 2: "dgram", 3: "raw", 4: "rdm", 5: "seqpacket", 6: "dccp", 10: "packet"}
 
 WX = ("mmap", "mprotect", "pkey_mprotect", "shmat")
+MODE_AT = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2}
+"""Which argument of these calls is the mode.  Governed only where `mode_rules` are given."""
+S_ISUID, S_ISGID = 0o4000, 0o2000
 CONDITIONAL = (
     *("clone", "unshare", "socket", "socketpair", "personality", "seccomp", "memfd_create"),
     *WX,
@@ -156,6 +159,25 @@ def notify_rules(
     for rule in rules:
         rule["names"] = [name for name in rule["names"] if name in known]
     return [rule for rule in rules if rule["names"]]
+
+
+def mode_rules(uid: int) -> list[Rule]:
+    """Further rules for all of `MODE_AT`: no file on the host will run as its owner.
+
+    The container's mounts are nosuid; the host sees the same files on mounts that are not, and
+    there anybody could run what an agent of ``uid`` left.  A user's agent may mark a file for its
+    own group, as programs do with folders; root's could join any group first, so it may not.
+    Setting the mode while creating a file needs no rule: without CAP_FSETID the first write takes
+    the mark away (inode(7)).
+    """
+    known = abi.numbers(abi.machine())
+    marks = [S_ISUID] if uid else [S_ISUID, S_ISGID]
+    return [
+        rule
+        for name, index in MODE_AT.items()
+        if name in known
+        for rule in _flags(name, index, marks)
+    ]
 
 
 def _memfd_rules(sealed: bool) -> list[Rule]:
@@ -288,6 +310,13 @@ def _wx(name: str, args: Args, effects: Effects) -> Judgement | None:
     return Judgement(errno.EACCES, f"escape.{name}", {"memory": "write+exec"}, rule)
 
 
+def _mode(name: str, args: Args, effects: Effects) -> Judgement | None:
+    mode = args[MODE_AT[name]] & 0o7777
+    if not mode & (S_ISUID | S_ISGID):
+        return None
+    return Judgement(errno.EPERM, f"escape.{name}", {"mode": f"{mode:04o}"})
+
+
 _DECIDE: Mapping[str, Callable[[str, Args, Effects], Judgement | None]] = {
     "clone": _namespaces,
     "unshare": _namespaces,
@@ -297,4 +326,5 @@ _DECIDE: Mapping[str, Callable[[str, Args, Effects], Judgement | None]] = {
     "socket": _socket,
     "socketpair": _socket,
     **dict.fromkeys(WX, _wx),
+    **dict.fromkeys(MODE_AT, _mode),
 }

@@ -35,7 +35,7 @@ def make(policy: Policy, root: str, workspace: str, shared: Sequence[str]) -> li
     """
     opens, execs = policy.opens, policy.execs
     places = _named(root, opens) | _denied_below(root, shared, opens)
-    programs = _named(root, execs)
+    programs = _named(root, execs) | places  # what is allowed inside a denial may be executed
     lines = [
         # Folders may be listed, as on the host plane; the mounts hide names.
         Line("/", Right.LIST, NOTHING, "default", RuleFlag.EXPLICIT),

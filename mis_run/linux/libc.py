@@ -37,7 +37,8 @@ def _errcheck(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
 
 def function(name: str, *argtypes: Any) -> Any:
     """libc's function with its prototype, raising OSError where it returns a negative number."""
-    function = getattr(_libc, name)
+    # Not getattr: that is one object for everybody, with the prototypes of whoever came last.
+    function: Any = _libc[name]
     function.argtypes = argtypes
     function.restype = ctypes.c_int
     function.errcheck = _errcheck
@@ -54,6 +55,7 @@ _prctl = function("prctl", ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 _syscall = function("syscall", *[ctypes.c_long] * 4)
 _syscall.restype = ctypes.c_long
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_VERSION = 444, 1
 _BPF = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, 321)
 
 
@@ -80,6 +82,16 @@ def umount(target: str, flags: int = 0) -> None:
 def prctl(option: int, value: int) -> None:
     """prctl(2) with one argument."""
     _prctl(option, value, 0, 0, 0)
+
+
+def syscall(number: int, *arguments: Any) -> int:
+    """syscall(2) with at least three arguments; those beyond must be ctypes' own."""
+    return int(_syscall(number, *arguments))
+
+
+def landlock_version() -> int:
+    """The version of Landlock's ABI (landlock_create_ruleset(2)). Raises OSError without it."""
+    return int(_syscall(_LANDLOCK_CREATE_RULESET, 0, 0, _LANDLOCK_VERSION))
 
 
 def bpf(command: int, attributes: bytes) -> int:

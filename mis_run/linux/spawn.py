@@ -6,17 +6,17 @@ Python's own descriptors are all close-on-exec, so a child has exactly what is n
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from mis_run.linux import programs
 
 
 def spawn(
     argv: Sequence[str],
     fds: Mapping[int, int],
     *,
-    env: Mapping[str, str] | None = None,
     die_with_us: bool = False,
     session: bool = False,
 ) -> int:
@@ -24,7 +24,7 @@ def spawn(
 
     ``die_with_us`` has the kernel kill it when we die (PR_SET_PDEATHSIG, by setpriv(1));
     ``session`` keeps the signals of our terminal from it.
-    Raises OSError when it cannot be executed.
+    It is looked up and run as `programs` says. Raises OSError when it cannot be executed.
     """
     pairs = list(fds.items())
     # Through numbers above every source first, since a target may be a source.
@@ -35,16 +35,16 @@ def spawn(
     for number, (target, _) in enumerate(pairs):
         actions.append((os.POSIX_SPAWN_DUP2, spare + number, target))
         actions.append((os.POSIX_SPAWN_CLOSE, spare + number))
-    program = shutil.which(argv[0]) or argv[0]
+    program = programs.find(argv[0]) or argv[0]
     command = [program, *argv[1:]]
     if die_with_us:
-        command = ["setpriv", "--pdeathsig", "KILL", "--", *command]
-    given = dict(os.environ) if env is None else dict(env)
+        setpriv = programs.find("setpriv") or "setpriv"
+        command = [setpriv, "--pdeathsig", "KILL", "--", *command]
     # Python ignores SIGPIPE, and what is ignored stays so in a child.
-    return os.posix_spawnp(
+    return os.posix_spawn(
         command[0],
         command,
-        given,
+        programs.environment(),
         file_actions=actions,
         setsid=session,
         setsigdef=(signal.SIGPIPE,),

@@ -51,7 +51,7 @@ def apply(spec: Spec, plan: Plan, inside: Inside) -> dict[str, Any]:
     mounts = list(data.get("mounts") or [])
     if inside.resolv_conf is not None:
         mounts = [mount for mount in mounts if mount.get("destination") != RESOLV_CONF]
-        mounts.append(bundle.bound(inside.resolv_conf, RESOLV_CONF, "ro", "rprivate"))
+        mounts.append(bundle.bound(inside.resolv_conf, RESOLV_CONF, "ro", "rprivate", folder=False))
     mounts.append(bundle.bound(inside.info, bundle.INFO, "ro", "rprivate"))
     pins, readonly = _protected(plan, mounts)
     data["mounts"] = [*mounts, *pins]
@@ -168,7 +168,7 @@ def _protected(plan: Plan, mounts: list[dict[str, Any]]) -> tuple[list[dict[str,
                     volumes[volume] + parent.removeprefix(volume), parent, "rw", "rprivate"
                 ),
             )
-        pins[path] = bundle.bound(source, path, "ro", "rprivate")
+        pins[path] = bundle.bound(source, path, "ro", "rprivate", folder=source.is_dir())
     ordered = sorted(pins.values(), key=lambda mount: mount["destination"].count("/"))
     return ordered, [path for path in plan.protected if "*" not in path]
 

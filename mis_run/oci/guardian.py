@@ -21,6 +21,7 @@ from typing import Any
 
 from mis_run import state
 from mis_run.errors import MisError, SetupError
+from mis_run.linux import programs
 from mis_run.oci.order import CANARY, INFO, RESOLV_CONF, SOCKET, Order, Place
 from mis_run.report import RECORDS
 
@@ -28,7 +29,6 @@ LOG = RECORDS / "oci.log"
 LOG_BYTES = 1 << 20  # it is begun anew beyond
 PATIENCE = 60.0  # seconds for each word of the supervisor, on a loaded machine
 MESSAGE = 16 << 10
-ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
 
 class Guardian:
@@ -153,7 +153,7 @@ def _detach(channel: int) -> None:
     os.chdir("/")
     os.umask(0o077)
     os.environ.clear()
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(programs.environment())
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
         signal.signal(one, signal.SIG_DFL)
     with open(os.devnull, "r+b") as nothing:

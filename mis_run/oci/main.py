@@ -64,7 +64,11 @@ def dispatch(argv: Sequence[str]) -> int:
 def _later(call: Call) -> int:
     """What comes after ``create``: by the same OCI runtime, and only while there is a guard."""
     if call.command == "delete":
-        runtime = next(iter(runs.of(call).values()), None) or find_runtime()
+        runtime = next(iter(runs.of(call).values()), "")
+        if not runtime:  # its supervisor has ended, and its run with it
+            from mis_run.oci import operator
+
+            runtime = str(operator.load(call.config).runtime or find_runtime())
         code = runs.run_and_wait(runtime, *call.base, call.command, *call.arguments)
         runs.wait_gone(call)
         return code

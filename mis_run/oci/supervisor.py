@@ -8,6 +8,7 @@ lost, the watchdog kills the container.  Out of scope: being started and heard (
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -30,6 +31,7 @@ from mis_run import (
     supervise,
 )
 from mis_run.defcon import Tracker
+from mis_run.errors import GuardLost, MisError
 from mis_run.events import Event
 from mis_run.follow import Ending, Follower
 from mis_run.guards import counters, escape, file, file_policy, net
@@ -102,6 +104,24 @@ class Watcher(Follower):
             _, fds, _, _ = socket.recv_fds(peer, 64 << 10, 4)
         for fd in fds:
             self.guard(fd)
+
+    def expect(self, peer: socket.socket) -> None:
+        """Guard the container's own filter, which comes when it is started: it waits for us then.
+
+        Where none comes, or one that guards nothing, the container is killed.
+        """
+
+        def come() -> None:
+            self.loop.remove(peer.fileno())
+            try:
+                with peer:
+                    self.guard(runtime.received(peer))
+                container.check_filter(self.box.pid)
+            except MisError as error:
+                self.record.write(Event(kind="canary.lost", subject={"why": error.message}))
+                self.kill(Ending(f"killed: {error.message}", GuardLost.exit_code))
+
+        self.loop.add(peer.fileno(), come)
 
     def guard(self, listener: int) -> None:
         """Answer one more filter's listener, which is ours from now on."""
@@ -178,10 +198,13 @@ def _guarded(
         if order.sealed:
             memfd.seal(box.pidfd)
         tracker = Tracker(settings.defcon)
-        first = None
+        first, coming = None, None
         if not order.by_hook:
-            container.check_filter(pid)
-            first = runtime.receive(place.listener)
+            if not select.select([place.listener], [], [], 0)[0]:
+                container.check_filter(pid)  # it says what is missing
+            first, coming = runtime.filter_of(place.listener)
+            if first is not None:
+                container.check_filter(pid)
         policy = files = None
         if plan.uses("fanotify"):
             info = (place.info / CANARY).stat()
@@ -217,6 +240,8 @@ def _guarded(
         watcher.watch()
         if first is not None:
             watcher.guard(first)
+        if coming is not None:  # crun's filter, with the container's start
+            watcher.expect(coming)
         with container.canary(box, group) as guard.canary_pid:
             guard.verify(box.probe)
             if files is not None:

@@ -20,6 +20,7 @@ import pytest
 from mis_run import cgroup, cgroup_kill, cgroup_systemd
 from mis_run.cgroup import Cgroup
 from mis_run.errors import SetupError
+from mis_run.linux import programs
 from mis_run.model import Host
 
 pytestmark = [
@@ -477,7 +478,7 @@ def fake_systemd_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program = tmp_path / "systemd-run"
     program.write_text(FAKE_SYSTEMD_RUN.replace("UNIFIED", str(UNIFIED)))
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(programs, "FOLDERS", f"{tmp_path}:{programs.FOLDERS}")
     return program
 
 

@@ -600,18 +600,18 @@ def status(workspace: Path, **spec: Any) -> dict[str, str]:
 
 
 def test_privileges(workspace: Path) -> None:
-    """no_new_privs and seccomp are on; a user has no capability, root the documented seven."""
+    """no_new_privs and seccomp are on; a user has no capability, root the documented six."""
     user, root = status(workspace), status(workspace, uid=0)
-    numbers = {"CHOWN": 0, "DAC_OVERRIDE": 1, "FOWNER": 3, "FSETID": 4, "KILL": 5}
+    numbers = {"CHOWN": 0, "DAC_OVERRIDE": 1, "FOWNER": 3, "KILL": 5}
     numbers |= {"SETGID": 6, "SETUID": 7}  # linux/capability.h
-    seven = sum(1 << number for number in numbers.values())
+    six = sum(1 << number for number in numbers.values())
     assert set(bundle.ROOT_CAPABILITIES) == {f"CAP_{name}" for name in numbers}
     for facts in (user, root):
         assert facts["NoNewPrivs"] == "1"
         assert facts["Seccomp"] == "2"
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
         assert int(user[name], 16) == 0
-    assert int(root["CapEff"], 16) == int(root["CapBnd"], 16) == seven
+    assert int(root["CapEff"], 16) == int(root["CapBnd"], 16) == six
     assert int(root["CapAmb"], 16) == 0
 
 

@@ -33,6 +33,7 @@ def shell(script: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 V1_ONLY = "umount /sys/fs/cgroup/unified"
 V2_ONLY = "umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup"
+NO_NFT = "mount --bind /dev/null $(command -v nft)"
 READ_ONLY = "mount -o remount,bind,ro /sys/fs/cgroup/unified"
 
 CASES = {
@@ -41,7 +42,7 @@ CASES = {
         ("needs root", "sudo ./mis-run"),
     ),
     "no runtime": (f"MIS_RUNTIME=/nonexistent {RUN} -- true", ("OCI runtime", "install runc")),
-    "no nftables": (f"PATH=/usr/bin:/bin {RUN} -- true", ("nft", "--net none")),
+    "no nftables": (f"unshare -m sh -c '{NO_NFT}; {RUN} -- true'", ("nft", "--net none")),
     "read-only cgroups": (
         f"unshare -m sh -c '{READ_ONLY}; {RUN} -- true'",
         ("read-only", "--privileged"),
@@ -77,7 +78,7 @@ def test_refused_with_the_reason_and_the_next_step(name: str, workspace: Path) -
 
 
 WORKS = {
-    "no nftables, no network": f"PATH=/usr/bin:/bin {RUN} --net none -- echo here",
+    "no nftables, no network": f"unshare -m sh -c '{NO_NFT}; {RUN} --net none -- echo here'",
     "limits waived": (f"unshare -m sh -c '{V2_ONLY}; {RUN} --allow-missing limits -- echo here'"),
     "IPv6 off": (
         "unshare -n sh -c 'echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; "

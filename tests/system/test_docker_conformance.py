@@ -32,7 +32,7 @@ IMAGE = "python:1"
 # In an image "@system" is all of it and "@secrets" nothing: here both are named.
 SYSTEM = [f"/{name}/**" for name in ("usr", "bin", "lib", "lib64", "etc", "proc", "sys", "dev")]
 SECRET = "/etc/shadow"
-RIGHTS = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID")
+RIGHTS = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID")
 """What a root agent of `mis-run` has."""
 LEFT_OUT = shutil.ignore_patterns(
     *("test", "__pycache__", "idlelib", "tkinter", "ensurepip", "lib2to3", "config-*", "pydoc_data")

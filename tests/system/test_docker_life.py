@@ -164,7 +164,9 @@ networks:
 """
 
 
-@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="docker-compose: not installed")
+@pytest.mark.skipif(
+    shutil.which("docker-compose") is None, reason="docker-compose is not installed"
+)
 def test_compose(box: Engine, tmp_path: Path) -> None:
     """Two services: each under the profile of its runtime, up, down, and nothing left."""
     told = {}

@@ -5,11 +5,16 @@ Every denial has its control: the same act to the allowed port of the same host 
 
 from __future__ import annotations
 
+import secrets
+import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness import HOST4, HOST6, OTHER_PORT, PORT, TestHost, host_elsewhere, run, start
+
+from mis_run.guards import scope
 
 pytestmark = pytest.mark.root
 
@@ -172,7 +177,6 @@ def test_without_the_guard_the_same_acts_work(elsewhere: TestHost, workspace: Pa
 
 def test_host_services_cannot_be_reached(elsewhere: TestHost, workspace: Path) -> None:
     """A service on the host is out of reach even under a rule for everywhere, unless named."""
-    import socket
     import threading
 
     host = "198.18.77.1"  # this machine's own address on the test link
@@ -254,7 +258,6 @@ def test_a_listener_without_a_port(
     listen: str, heard: bool, elsewhere: TestHost, workspace: Path
 ) -> None:
     """In host mode a listener that never asked for a port hears whom a listen rule allows."""
-    import socket
 
     profile = workspace / "profile.toml"
     profile.write_text(f'extends = "default"\n[network]\nmode = "host"\nlisten = ["{listen}"]\n')
@@ -270,3 +273,33 @@ def test_a_listener_without_a_port(
     finally:
         process.terminate()
         process.communicate(timeout=30)
+
+
+ABSTRACT = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as own:
+    own.bind("\\0mis-own-" + sys.argv[1])
+    own.listen(1)
+    for name in (sys.argv[1], "mis-own-" + sys.argv[1]):
+        with socket.socket(socket.AF_UNIX) as client:
+            try:
+                client.connect("\\0" + name)
+                print("connected")
+            except OSError as error:
+                print(error.strerror)
+"""
+
+
+def test_abstract_sockets_of_the_host(workspace: Path) -> None:
+    """In host mode the agent reaches its own, and none of the host's; without a guard it does."""
+    if not scope.supported()[scope.NAME].ok:
+        pytest.skip("this kernel has no Landlock scopes")
+    name = f"mis-test-{secrets.token_hex(8)}"
+    argv = ("/usr/bin/python3", "-c", ABSTRACT, name)
+    with socket.socket(socket.AF_UNIX) as service:
+        service.bind(f"\0{name}")
+        service.listen(8)
+        done = run(*argv, cwd=workspace, options=("--net", "host"))
+        assert done.out.splitlines() == ["Operation not permitted", "connected"], done.err
+        outside = subprocess.run(argv, capture_output=True, text=True, check=True)
+        assert outside.stdout.splitlines() == ["connected", "connected"]

@@ -28,7 +28,7 @@ import pytest
 
 from mis_run import namespace, network, nft, shared
 from mis_run.errors import SetupError
-from mis_run.linux import libc
+from mis_run.linux import libc, programs
 from mis_run.model import NetMode, NetPlan
 
 pytestmark = pytest.mark.root
@@ -539,7 +539,7 @@ def test_gc_waits_for_what_a_killed_launcher_started() -> None:
     (slow / "nft").chmod(0o755)
     pid = os.fork()
     if pid == 0:
-        os.environ["PATH"] = f"{slow}:{os.environ['PATH']}"
+        programs.FOLDERS = f"{slow}:{programs.FOLDERS}"
         with suppress(BaseException), agent(plan(ipv6=True)):
             pass
         os._exit(0)
@@ -615,7 +615,7 @@ def test_supported_tries() -> None:
         "ipv6": True,
     }
     write("ipv6/conf/all/disable_ipv6", "1")
-    os.environ["PATH"] = "/nonexistent"
+    programs.FOLDERS = "/nonexistent"
     found = network.supported()
     assert not found["ipv6"].ok
     assert "nft" in found["nftables"].detail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -148,3 +149,28 @@ def test_wheel_has_the_compiled_objects(tmp_path: Path) -> None:
         [bin_folder / "mis", "profile", "list"], capture_output=True, text=True, check=True
     )
     assert "coding-agent" in listed.stdout
+
+
+PROGRAMS = ("nft", "ip", "setpriv", "runc", "crun", "cat", "sh", "readlink", "systemd-run")
+
+
+def test_programs_in_the_callers_path_are_not_run(tmp_path: Path) -> None:
+    """What an earlier agent left in an activated virtual environment is never run by us."""
+    ran, folder = tmp_path / "ran", tmp_path / "venv/bin"
+    folder.mkdir(parents=True)
+    ran.mkdir()
+    for name in PROGRAMS:
+        (folder / name).write_text(f"#!/bin/bash\n/usr/bin/touch {ran}/{name}\n")
+        (folder / name).chmod(0o755)
+    env = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    (tmp_path / "out").write_text("")
+    for starter in ("mis-run", "mis"):
+        words = ["--", "/bin/true"] if starter == "mis-run" else ["gc"]
+        with (tmp_path / "out").open("w") as out:
+            argv = [str(ROOT / starter), *words]
+            done = subprocess.run(argv, cwd=tmp_path, env=env, stdout=out, timeout=60, check=False)
+        assert done.returncode == 0
+    assert sorted(path.name for path in ran.iterdir()) == []
+    # The control: that PATH does lead there.
+    subprocess.run(["/bin/bash", "-c", "; ".join(PROGRAMS)], env=env, check=True)
+    assert sorted(path.name for path in ran.iterdir()) == sorted(PROGRAMS)

@@ -67,7 +67,7 @@ def test_the_agent_is_executed_by_the_shim() -> None:
 
 
 def test_a_user_has_no_capabilities_and_root_a_few() -> None:
-    """Every capability set is empty for a user; root gets the seven, never ambient ones."""
+    """Every capability set is empty for a user; root gets the six, never ambient ones."""
     user = bundle.config(PLAN, INSIDE)["process"]
     assert user["noNewPrivileges"] is True
     assert set(map(tuple, user["capabilities"].values())) == {()}

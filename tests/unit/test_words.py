@@ -24,7 +24,7 @@ KIM = Caller(
 ALL = (
     *("root", "cgroup-v2", "runtime", "overlay", "netns", "nftables", "cgroup-bpf", "xdp", "ipv6"),
     *("memory", "cpu", "pids", "io", "perf-cgroup", "seccomp-notify", "watchdog"),
-    "fanotify",
+    *("fanotify", "landlock-scope"),
 )
 
 
@@ -63,6 +63,17 @@ def test_the_environment_is_a_clean_slate() -> None:
     assert "relative" not in env["PATH"]
     assert "TOKEN" not in env
     assert (env["A"], env["LANG"], env["HOME"]) == ("b", "C.UTF-8", "/home/kim")
+
+
+def test_what_is_better_than_promised_refuses_nothing() -> None:
+    """Without Landlock's scopes the host's network is as before, and the plan says so."""
+    assert "landlock-scope" not in show.plan(make())
+    assert "landlock-scope  ok" in show.plan(make(net=NetMode.HOST))
+    without = make(machine("landlock-scope"), net=NetMode.HOST)
+    plan.check(without)
+    assert "landlock-scope  absent" in show.plan(without)
+    with pytest.raises(MissingGuarantee):  # the control: what is promised does refuse
+        plan.check(make(machine("cgroup-bpf"), net=NetMode.HOST))
 
 
 def test_options_go_over_the_profile() -> None:
