@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -165,6 +166,13 @@ def agents(count: int, file: Path) -> Iterator[Path]:
         yield last
 
 
+def until_detached() -> None:
+    """The kernel takes programs off their hooks later, each after it waited for all tasks."""
+    links = ["bpftool", "link", "list"]
+    while "lsm_mac" in subprocess.run(links, capture_output=True, text=True, check=True).stdout:
+        time.sleep(0.2)
+
+
 @contextmanager
 def tmpfs(folder: str) -> Iterator[None]:
     """A tmpfs on ``folder``: /tmp is an overlay on 9P in the test VM, where all costs more."""
@@ -199,6 +207,7 @@ def main() -> int:
 
         for _ in range(rounds):
             lsm_plane.unload()
+            until_detached()
             take("no plane", outside)
             lsm_plane.ensure().close()
             take("0 agents", outside)
