@@ -205,6 +205,7 @@ def main() -> int:
         def take(name: str, cgroup: Path) -> None:
             taken.setdefault(name, []).append(measure(program, file, cgroup, less))
 
+        measure(program, file, outside, less)  # what is read from disk is read
         for _ in range(rounds):
             lsm_plane.unload()
             until_detached()
