@@ -112,9 +112,9 @@ def test_it_is_worth_it(tree: Any, agent: Path) -> None:
 
     def timed() -> None:
         least = 1 << 62
-        for _ in range(40):
+        for _ in range(400):
             began = time.perf_counter_ns()
-            often(tree.open / "file", 50)()
+            often(tree.open / "file", 5)()  # shorter than a time slice of the host
             least = min(least, time.perf_counter_ns() - began)
         struct.pack_into("=Q", told, 0, least)
 
