@@ -16,6 +16,8 @@ from pathlib import Path
 from mis_run.events import Event, Guarantee
 
 THROTTLE_EVERY = 10.0  # seconds between two limits.throttled events: it may go on for hours
+PRESSURE_EVERY = 2.0  # seconds between two looks: the kernel averages over ten
+PRESSED = 10.0  # percent of the time in which nothing inside could go on: worth an event
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,8 @@ class LimitsWatch:
         self._places = places
         self._seen: dict[str, int] = {}
         self._throttle_told = -THROTTLE_EVERY
+        self._pressure_seen = time.monotonic()
+        self._pressure_told: dict[str, float] = {}
 
     def poll(self) -> list[Event]:
         """Events for what was hit since the last poll. They carry no verdict: reaching a limit
@@ -228,6 +232,26 @@ class LimitsWatch:
             if grown:
                 self._throttle_told = now
             found += grown
+        if now - self._pressure_seen >= PRESSURE_EVERY:
+            self._pressure_seen = now
+            found += self._pressed(now)
+        return found
+
+    def _pressed(self, now: float) -> list[Event]:
+        """``limits.pressure`` while all of the agent waits for memory or disks: it thrashes at a
+        limit, or the machine has no more to give. Want of CPU is told as throttling."""
+        found = []
+        for resource in ("memory", "io"):
+            stall = pressure(self._places.unified / f"{resource}.pressure")
+            told = self._pressure_told.get(resource, now - THROTTLE_EVERY)
+            if stall and stall.full_avg10 >= PRESSED and now - told >= THROTTLE_EVERY:
+                self._pressure_told[resource] = now
+                subject = {
+                    "resource": resource,
+                    "percent": stall.full_avg10,
+                    "seconds": round(stall.full_seconds, 3),
+                }
+                found.append(Event(kind="limits.pressure", guard=Guarantee.LIMITS, subject=subject))
         return found
 
     def _grown(self, kind: str, total: int | None, **facts: float | None) -> list[Event]:

@@ -6,14 +6,15 @@ agent reads its own rules in.
 
 from __future__ import annotations
 
-import os
 import resource
 from pathlib import Path
 from typing import Any
 
-from mis_run import briefing, bundle, rootfs, rules, seccomp
+from mis_run import briefing, bundle, disk, rootfs, rules, seccomp
 from mis_run.build import built
 from mis_run.cgroup import Cgroup
+from mis_run.errors import SetupError
+from mis_run.events import Guarantee
 from mis_run.guards import escape_rules
 from mis_run.linux import memfd
 from mis_run.model import NetMode, Plan
@@ -77,11 +78,16 @@ def _notifying(plan: Plan) -> dict[str, Any]:
 
 
 def _device(plan: Plan) -> str | None:
-    """MAJOR:MINOR of the disk that the agent reads and writes; none where nothing is the host's."""
-    if not plan.workspace:
+    """MAJOR:MINOR of the disk that the agent reads and writes; none where nothing is the host's, or
+    nothing of that is limited. Raises SetupError where it cannot be, unless that is waived."""
+    if not plan.workspace or not (plan.limits.io_read or plan.limits.io_write):
         return None
-    number = plan.cwd.stat().st_dev
-    return f"{os.major(number)}:{os.minor(number)}"
+    try:
+        return disk.of(plan.cwd)
+    except SetupError:
+        if Guarantee.LIMITS in plan.waived:
+            return None
+        raise
 
 
 def _swap_is_accounted(plan: Plan, group: Cgroup) -> bool:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from mis_run import cgroup_stats
 from mis_run.events import Event, Guarantee, Verdict
 from mis_run.model import Liveness
 
 GOOD = 5
+CPU = Path("/proc/pressure/cpu")
 
 
 class Starvation:
@@ -53,13 +56,18 @@ class Starvation:
 
     def _act(self, late: float) -> None:
         action = self._settings.on_starved
+        machine = cgroup_stats.pressure(CPU)  # whether everybody waits for CPU, or only we do
         self._emit(
             Event(
                 kind="supervisor.starved",
                 guard=Guarantee.LIVENESS,
                 # Counted like an act of the agent only where the profile says so.
                 verdict=Verdict.AUDIT if action == "defcon" else None,
-                subject={"milliseconds": round(late * 1000), "action": action},
+                subject={
+                    "milliseconds": round(late * 1000),
+                    "action": action,
+                    "machine_cpu_pressure": machine and machine.some_avg10,
+                },
                 rule="liveness.on_starved",
             )
         )

@@ -7,11 +7,12 @@ configuration, and every mark is checked by mount id before anything relies on i
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from mis_run.errors import VerifyError
+from mis_run.errors import SetupError, VerifyError
 from mis_run.linux import fanotify, mountinfo
 from mis_run.linux.mountinfo import Mount
 
@@ -28,9 +29,21 @@ def judged(mount: Mount) -> bool:
     return mount.kind not in PSEUDO and mount.point != DEVICES
 
 
+ENDED = frozenset({errno.ENOENT, errno.ESRCH, errno.EINVAL})
+"""What reading the mounts of a process that ended meets; EINVAL until somebody has waited for it
+(mounts_open_common, fs/proc_namespace.c)."""
+
+
 def mounts(pid: int) -> list[Mount]:
-    """The judged mounts of a process's mount namespace, in mount order."""
-    return [mount for mount in mountinfo.read(pid) if judged(mount)]
+    """The judged mounts of a process's mount namespace, in mount order. Raises SetupError when the
+    process has ended."""
+    try:
+        found = mountinfo.read(pid)
+    except OSError as error:
+        if error.errno not in ENDED:
+            raise
+        raise SetupError("the container's init has ended") from error
+    return [mount for mount in found if judged(mount)]
 
 
 def ambiguous(found: Iterable[Mount]) -> frozenset[str]:

@@ -19,6 +19,7 @@ class Mount:
     point: str
     kind: str  # file system type
     options: str  # of the superblock
+    source: str = ""  # a device, or any word
 
 
 def read(pid: int | str = "self") -> list[Mount]:
@@ -46,8 +47,8 @@ def _mount(line: str) -> Mount:
     before, _, after = line.partition(" - ")
     number, _, device, root, point, *_ = before.split(" ")
     kind, _, rest = after.partition(" ")
-    options = rest.rpartition(" ")[2]
-    return Mount(int(number), device, _plain(root), _plain(point), kind, options)
+    source, _, options = rest.rpartition(" ")
+    return Mount(int(number), device, _plain(root), _plain(point), kind, options, _plain(source))
 
 
 def _plain(text: str) -> str:

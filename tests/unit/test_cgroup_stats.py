@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,27 @@ def test_counters_gone_with_the_leaf(tmp_path: Path) -> None:
     (tmp_path / "agent/pids.events").unlink()
     (tmp_path / "agent/cpu.stat").unlink()
     assert watch.poll() == []
+
+
+STALL = "avg10={0} avg60=1.00 avg300=0.00 total=1500000"
+STALL = f"some {STALL}\nfull {STALL}\n"
+
+
+def test_pressure_is_told_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent of which nothing can go on for want of memory is an event, at most every ten
+    seconds; a little pressure is none."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    watch = LimitsWatch(Places(tmp_path, {}))
+    put(tmp_path, {"memory.pressure": STALL.format("9.99"), "io.pressure": STALL.format("0.00")})
+    told = []
+    for at, stall in ((102, "9.99"), (104, "10.00"), (106, "60.00"), (114, "70.00")):
+        now[0] = at
+        put(tmp_path, {"memory.pressure": STALL.format(stall)})
+        told.append([dict(event.subject) for event in watch.poll()])
+    assert told == [
+        [],
+        [{"resource": "memory", "percent": 10.0, "seconds": 1.5}],
+        [],
+        [{"resource": "memory", "percent": 70.0, "seconds": 1.5}],
+    ]
