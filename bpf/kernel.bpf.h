@@ -28,6 +28,7 @@ struct qstr {
 };
 
 struct dentry {
+	unsigned int d_flags;
 	struct dentry *d_parent;
 	struct qstr d_name;
 	struct inode *d_inode;
@@ -75,6 +76,22 @@ struct iattr {
 	unsigned int ia_valid;
 };
 
+struct seqcount {
+	unsigned int sequence;
+};
+
+typedef struct seqcount seqcount_t;
+
+struct seqcount_spinlock {
+	seqcount_t seqcount;
+};
+
+typedef struct seqcount_spinlock seqcount_spinlock_t;
+
+typedef struct {
+	seqcount_spinlock_t seqcount;
+} seqlock_t;
+
 struct kernfs_node {
 	__u64 id;
 };
@@ -115,6 +132,12 @@ struct task_struct {
 };
 
 #pragma clang attribute pop
+
+/* An enum in the newest kernels, of the same numbers; macros before, which CO-RE cannot see. */
+enum dentry_flags {
+	DCACHE_OP_REVALIDATE = 1 << 2,
+	DCACHE_OP_WEAK_REVALIDATE = 1 << 11,
+};
 
 /* Numbers of the kernel's own that no uapi header has; all older than the kernels we run on. */
 #define EPERM 1

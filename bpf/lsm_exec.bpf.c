@@ -11,7 +11,7 @@
  * that will run: the rules may have changed in between, binfmt_misc may run a file that was opened
  * long ago, and only here it is known what is new at a raised level.
  */
-#include "policy.bpf.h"
+#include "cache.bpf.h"
 
 /* Programs that ran before: what is not "new" at a raised level. */
 struct {
@@ -21,34 +21,56 @@ struct {
 	__type(value, __u8);
 } ran SEC(".maps");
 
-SEC("lsm/bprm_check_security")
-int BPF_PROG(mis_bprm_check_security, struct linux_binprm *bprm)
+static __noinline int has_run(const struct dentry *dentry, __u64 agent, int from_now_on)
+{
+	struct mis_place place = {
+		.agent = agent,
+		.inode = dentry->d_inode->i_ino,
+		.device = dentry->d_sb->s_dev,
+	};
+	__u8 once = 1;
+
+	if (from_now_on)
+		bpf_map_update_elem(&ran, &place, &once, BPF_ANY);
+	return bpf_map_lookup_elem(&ran, &place) != NULL;
+}
+
+/* The long way; a function of its own, for the sake of the 512 bytes of stack. */
+static __noinline int judge_program(const struct file *file, int ran_before)
 {
 	struct act act = { .what = MIS_ACT_EXEC, .right = MIS_EXEC };
-	struct mis_place place = {};
-	struct file *file;
-	struct dentry *dentry;
-	__u8 once = 1;
 	int allowed;
 
 	if (!mine(&act))
 		return 0;
-	file = BPF_CORE_READ(bprm, file);
-	dentry = BPF_CORE_READ(file, f_path.dentry);
-	allowed = may(&act, dentry, mount_of(BPF_CORE_READ(file, f_path.mnt)));
+	allowed = may(&act, file->f_path.dentry, mount_of(file->f_path.mnt));
 	/* In audit the file was told of when it was opened. */
 	if (!allowed && !(act.flags & MIS_ENFORCE))
 		return 0;
-	place.agent = act.id;
-	place.inode = BPF_CORE_READ(dentry, d_inode, i_ino);
-	place.device = BPF_CORE_READ(dentry, d_sb, s_dev);
-	if (allowed && in_force(&act, binaries) && !bpf_map_lookup_elem(&ran, &place)) {
+	if (allowed && in_force(&act, binaries) && !ran_before) {
 		act.rule = MIS_RULE_RAISED;
 		allowed = 0;
 	}
-	if (allowed)
-		bpf_map_update_elem(&ran, &place, &once, BPF_ANY);
+	if (allowed && !ran_before)
+		has_run(file->f_path.dentry, act.id, 1);
 	return conclude(&act, allowed);
+}
+
+SEC("lsm/bprm_check_security")
+int BPF_PROG(mis_bprm_check_security, struct linux_binprm *bprm)
+{
+	struct file *file;
+	struct self self;
+	int ran_before;
+
+	if (!is_agent(&self))
+		return 0;
+	file = bprm->file;
+	ran_before = has_run(file->f_path.dentry, self.agent->id, 0);
+	if (ran_before &&
+	    is_known(&self, file->f_path.dentry, file->f_path.mnt, MIS_EXEC, EXECUTED))
+		return 0;
+	return judge_program(file, ran_before);
 }
 
 SEC("lsm/task_alloc")
@@ -67,6 +89,7 @@ int BPF_PROG(mis_task_alloc, struct task_struct *task)
 	if (to) { /* without it the child looks for itself */
 		*to = *from;
 		to->act = 0; /* it has repeated nothing yet */
+		to->hits = 0;
 	}
 	return 0;
 }

@@ -15,7 +15,7 @@
  * path_* and not inode_*: they have the mount, so a walk crosses mounts; and overlayfs does not call
  * them for its layers.  The inode_* hooks here have no path_* sibling.
  */
-#include "policy.bpf.h"
+#include "cache.bpf.h"
 
 #define TIOCSTI 0x5412
 #define TIOCLINUX 0x541C
@@ -40,15 +40,14 @@ static __always_inline int on_dentry(__u16 what, struct dentry *dentry, __u32 ri
 
 static __always_inline __u32 rights_of(const struct file *file)
 {
-	__u32 mode = BPF_CORE_READ(file, f_mode), rights = 0;
+	__u32 mode = file->f_mode, rights = 0;
 
-	if (BPF_CORE_READ(file, f_flags) & FMODE_EXEC)
+	if (file->f_flags & FMODE_EXEC)
 		return MIS_EXEC;
 	if (mode & FMODE_PATH) /* names a file, and opens nothing */
 		return 0;
 	if (mode & FMODE_READ)
-		rights |= (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) == S_IFDIR ? MIS_LIST :
-										       MIS_READ;
+		rights |= (file->f_inode->i_mode & S_IFMT) == S_IFDIR ? MIS_LIST : MIS_READ;
 	if (mode & FMODE_WRITE)
 		rights |= MIS_WRITE;
 	return rights ?: MIS_READ | MIS_WRITE; /* access mode 3: ioctl(2) alone, checked as both */
@@ -57,31 +56,49 @@ static __always_inline __u32 rights_of(const struct file *file)
 /* Linux 6.1's overlayfs opens the file below under the path on top: judged already. */
 static __always_inline int is_below(const struct file *file)
 {
-	return BPF_CORE_READ(file, f_inode) != BPF_CORE_READ(file, f_path.dentry, d_inode);
+	return file->f_inode != file->f_path.dentry->d_inode;
+}
+
+/*
+ * Each hook that asks the cache first has its long way in a function of its own: the stack of all
+ * functions that call each other is 512 bytes.
+ */
+static __noinline int judge_file(struct file *file, __u16 what, __u32 right)
+{
+	struct act act = { .what = what, .right = right };
+
+	if (!mine(&act) || (what != MIS_ACT_RECEIVE && is_below(file)))
+		return 0;
+	return judge(&act, file->f_path.dentry, file->f_path.mnt);
 }
 
 SEC("lsm/file_open")
 int BPF_PROG(mis_file_open, struct file *file)
 {
-	struct act act = { .what = MIS_ACT_OPEN };
+	struct self self;
+	__u32 right;
 
-	if (!mine(&act) || is_below(file))
+	if (!is_agent(&self))
 		return 0;
-	act.right = rights_of(file);
-	if (act.right == MIS_EXEC)
-		act.what = MIS_ACT_EXEC;
-	return judge(&act, BPF_CORE_READ(file, f_path.dentry), BPF_CORE_READ(file, f_path.mnt));
+	right = rights_of(file);
+	if (is_known(&self, file->f_path.dentry, file->f_path.mnt, right,
+		     right == MIS_EXEC ? EXECUTED : OPENED))
+		return 0;
+	return judge_file(file, right == MIS_EXEC ? MIS_ACT_EXEC : MIS_ACT_OPEN, right);
 }
 
 SEC("lsm/file_receive")
 int BPF_PROG(mis_file_receive, struct file *file)
 {
-	struct act act = { .what = MIS_ACT_RECEIVE };
+	struct self self;
+	__u32 right;
 
-	if (!mine(&act))
+	if (!is_agent(&self))
 		return 0;
-	act.right = rights_of(file) & ~MIS_EXEC;
-	return judge(&act, BPF_CORE_READ(file, f_path.dentry), BPF_CORE_READ(file, f_path.mnt));
+	right = rights_of(file) & ~MIS_EXEC;
+	if (is_known(&self, file->f_path.dentry, file->f_path.mnt, right, CHANGED))
+		return 0;
+	return judge_file(file, MIS_ACT_RECEIVE, right);
 }
 
 /*
@@ -106,18 +123,17 @@ __noinline int executable(struct act *act)
 		return 0;
 	if (inner_mount(act->mount) != VISIBLE)
 		return 1;
-	look(&walk, act, act->dentry, act->mount, MIS_EXEC);
+	look(&walk, act->id, act->dentry, act->mount, MIS_EXEC);
 	act->rule = walk.number;
 	act->marks = walk.marks;
 	return !(walk.refused & MIS_EXEC);
 }
 
-SEC("lsm/mmap_file")
-int BPF_PROG(mis_mmap_file, struct file *file, unsigned long reqprot, unsigned long prot)
+static __noinline int judge_memory(struct file *file, unsigned long prot)
 {
 	struct act act = { .what = MIS_ACT_WX_MEMORY };
 
-	if (!(prot & PROT_EXEC) || !mine(&act))
+	if (!mine(&act))
 		return 0;
 	if (is_wx(&act, prot))
 		return conclude(&act, 0);
@@ -127,6 +143,23 @@ int BPF_PROG(mis_mmap_file, struct file *file, unsigned long reqprot, unsigned l
 	act.right = MIS_EXEC;
 	about(&act, BPF_CORE_READ(file, f_path.dentry), mount_of(BPF_CORE_READ(file, f_path.mnt)));
 	return conclude(&act, executable(&act));
+}
+
+SEC("lsm/mmap_file")
+int BPF_PROG(mis_mmap_file, struct file *file, unsigned long reqprot, unsigned long prot)
+{
+	struct self self;
+	__u64 given = 0;
+
+	if (!(prot & PROT_EXEC) || !is_agent(&self))
+		return 0;
+	/* Memory of no file.  Until 6.13 the verifier takes it for granted that there is one, and a
+	 * look at `file` alone for superfluous. */
+	bpf_get_func_arg(ctx, 0, &given);
+	if (given && file && !(prot & PROT_WRITE) &&
+	    is_known(&self, file->f_path.dentry, file->f_path.mnt, MIS_EXEC, MAPPED))
+		return 0;
+	return judge_memory((struct file *)given, prot);
 }
 
 /* The path a mapped file was opened by: from 6.5 on overlayfs maps the file below. */
@@ -194,16 +227,31 @@ int BPF_PROG(mis_file_ioctl_compat, struct file *file, unsigned int command)
 	return on_ioctl(file, command);
 }
 
+static __noinline int judge_path(const struct path *path, __u16 what, __u32 right)
+{
+	return on_path(what, path, right);
+}
+
+/* on_path for what programs do often. */
+static __always_inline int often_on_path(__u16 what, const struct path *path, __u32 right)
+{
+	struct self self;
+
+	if (!is_agent(&self) || is_known(&self, path->dentry, path->mnt, right, CHANGED))
+		return 0;
+	return judge_path(path, what, right);
+}
+
 SEC("lsm/path_truncate")
 int BPF_PROG(mis_path_truncate, const struct path *path)
 {
-	return on_path(MIS_ACT_TRUNCATE, path, MIS_WRITE);
+	return often_on_path(MIS_ACT_TRUNCATE, path, MIS_WRITE);
 }
 
 SEC("lsm/path_chmod")
 int BPF_PROG(mis_path_chmod, const struct path *path)
 {
-	return on_path(MIS_ACT_CHMOD, path, MIS_WRITE);
+	return often_on_path(MIS_ACT_CHMOD, path, MIS_WRITE);
 }
 
 SEC("lsm/path_chown")

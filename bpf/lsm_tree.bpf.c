@@ -95,10 +95,10 @@ __noinline __u32 gained(struct act *act)
 
 	if (!act)
 		return MIS_ALL;
-	look(&walk, act, act->dentry, act->mount, MIS_ALL);
+	look(&walk, act->id, act->dentry, act->mount, MIS_ALL);
 	here = walk.granted;
 	act->rule = walk.number;
-	look(&walk, act, act->into, act->mount, MIS_ALL);
+	look(&walk, act->id, act->into, act->mount, MIS_ALL);
 	return walk.granted & ~here;
 }
 

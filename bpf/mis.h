@@ -114,6 +114,10 @@ struct mis_net_event {
 #define MIS_ENFORCE 1
 #define MIS_LOSS_OPEN 2 /* past the deadline: audit instead of deny and kill */
 #define MIS_NO_WX 4 /* no memory writable and executable, at any level */
+#define MIS_NO_CACHE 8 /* every act is judged by a walk: to compare */
+
+#define MIS_SLOTS 4096 /* agents at a time */
+#define MIS_OWN 16 /* words of mis_agent.own */
 
 /* Rule numbers with a meaning of their own, from the top. */
 #define MIS_RULE_DEFAULT 0 /* no rule named the object */
@@ -189,8 +193,14 @@ struct mis_rule {
 	__u32 flags;
 };
 
-/* What user space says of an agent; never written by the kernel. */
+/*
+ * What user space says of an agent; never written by the kernel.  It is written a word of eight bytes
+ * at a time, through a mapping of the map's memory, so that no reader sees half a number; a field
+ * never crosses such a word.
+ */
 struct mis_agent {
+	__u64 id; /* of its cgroup; 0: the slot is free */
+	__u64 generation; /* of its rules; never used twice, by any agent */
 	__u64 deadline; /* CLOCK_MONOTONIC nanoseconds; 0: none */
 	__u64 decay; /* nanoseconds after which the count of violations halves; 0: never */
 	__u64 capabilities; /* that may be used */
@@ -205,6 +215,8 @@ struct mis_agent {
 	__u8 kill;
 	__u8 level; /* set by an operator: the level is at most this */
 	__u16 zero;
+	/* The bit of an inode is set: it may have a rule of its own.  Not set: it surely has none. */
+	__u64 own[MIS_OWN];
 };
 
 /* What the kernel says of an agent. `lock` is a bpf_spin_lock. */
@@ -217,7 +229,11 @@ struct mis_state {
 	__u64 killed;
 	__u64 lost; /* events: the ring buffer was full */
 	__u64 canaries; /* denials of what MIS_CANARY marks */
+	__u64 hits; /* acts allowed by what was remembered, in lots of MIS_LOT */
+	__u64 walks; /* from a directory to the root, to remember what they found */
 };
+
+#define MIS_LOT 64
 
 /* One for the machine. */
 struct mis_plane {
@@ -230,6 +246,10 @@ struct mis_scope {
 	__u64 epoch;
 	__u64 cgroup;
 	__u64 agent; /* 0: none */
+	__u32 slot; /* where it was; its id says whether it still is */
+	__u32 hits; /* not yet counted in mis_state.hits */
+	__u64 tick; /* of the machine's clock, and the time when it began here */
+	__u64 now;
 	/* Its last violation, when that began to repeat, and how often it did. */
 	__u64 act;
 	__u64 began;

@@ -35,7 +35,8 @@ struct walk {
 	__u32 granted;
 	__u32 asked;
 	__u32 number; /* rule that decided the asked rights, or the first that refused one */
-	__u32 flags; /* that all deciding rules have */
+	__u32 explicit; /* rights that a rule with MIS_EXPLICIT decided */
+	__u32 workspace; /* the same with MIS_WORKSPACE */
 	__u32 refused;
 	__u32 marks; /* MIS_CANARY, MIS_FATAL: of the rules that refused */
 };
@@ -48,9 +49,12 @@ static __always_inline void decide(struct walk *walk, const struct mis_rule *rul
 	walk->undecided &= ~decided;
 	walk->granted |= decided & ~denied;
 	walk->refused |= denied;
+	if (rule->flags & MIS_EXPLICIT)
+		walk->explicit |= decided;
+	if (rule->flags & MIS_WORKSPACE)
+		walk->workspace |= decided;
 	if (!(decided & walk->asked))
 		return;
-	walk->flags &= rule->flags;
 	if (denied & walk->asked)
 		walk->marks |= rule->flags & (MIS_CANARY | MIS_FATAL);
 	if (!(walk->refused & ~denied & walk->asked))
@@ -105,17 +109,18 @@ static long climb(__u32 index, struct walk *walk)
 }
 
 /* Look for `asked` rights at a place; the walk's fields are the answer. */
-static __always_inline void look(struct walk *walk, const struct act *act, struct dentry *dentry,
+static __always_inline void look(struct walk *walk, __u64 agent, struct dentry *dentry,
 				 struct mount *mount, __u32 asked)
 {
-	walk->agent = act->id;
+	walk->agent = agent;
 	walk->dentry = dentry;
 	enter(walk, mount);
 	walk->undecided = asked;
 	walk->granted = 0;
 	walk->asked = asked;
 	walk->number = MIS_RULE_DEFAULT;
-	walk->flags = MIS_WORKSPACE | MIS_EXPLICIT;
+	walk->explicit = 0;
+	walk->workspace = 0;
 	walk->refused = 0;
 	walk->marks = 0;
 	bpf_loop(HIGHEST, climb, walk, 0);
@@ -137,14 +142,11 @@ static __always_inline enum inner inner_mount(struct mount *mount)
 	return LAYER;
 }
 
-/* What the level takes away from what the rules give. */
-static __always_inline int raised(const struct act *act, const struct walk *walk, __u32 right)
-{
-	if (in_force(act, explicit_only) && !(walk->flags & MIS_EXPLICIT))
-		return 1;
-	return in_force(act, writes) && right & (MIS_WRITE | MIS_CREATE | MIS_DELETE) &&
-	       !(walk->flags & MIS_WORKSPACE);
-}
+/* What a level takes away from what the rules give, whose settings are in `of`. */
+#define RAISED(of, level, right, explicit, workspace)                                              \
+	(((level) <= (of)->explicit_only && (right) & ~(explicit)) ||                              \
+	 ((level) <= (of)->writes &&                                                               \
+	  (right) & (MIS_WRITE | MIS_CREATE | MIS_DELETE) & ~(workspace)))
 
 /* Say which file an act is about. */
 static __always_inline void about(struct act *act, struct dentry *dentry, struct mount *mount)
@@ -166,12 +168,12 @@ __noinline int permitted(struct act *act)
 		if (inner != VISIBLE)
 			return inner == LAYER || !(act->right & MIS_EXEC);
 	}
-	look(&walk, act, act->dentry, act->mount, act->right);
+	look(&walk, act->id, act->dentry, act->mount, act->right);
 	act->rule = walk.number;
 	act->marks = walk.marks;
 	if ((walk.granted & act->right) != act->right)
 		return 0;
-	if (!raised(act, &walk, act->right))
+	if (!RAISED(act, act->level, act->right, walk.explicit, walk.workspace))
 		return 1;
 	act->rule = MIS_RULE_RAISED;
 	return 0;

@@ -21,15 +21,16 @@ struct state {
 	__u64 killed;
 	__u64 lost;
 	__u64 canaries;
+	__u64 hits;
+	__u64 walks;
 };
 
 _Static_assert(sizeof(struct state) == sizeof(struct mis_state), "see mis.h");
 
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 4096);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, __u64);
+	__uint(type, BPF_MAP_TYPE_ARRAY); /* by slot */
+	__uint(max_entries, MIS_SLOTS);
+	__type(key, __u32);
 	__type(value, struct state);
 } states SEC(".maps");
 
@@ -59,7 +60,7 @@ struct act {
 	__u32 detail;
 	__u32 what;
 	__u32 marks; /* MIS_CANARY, MIS_FATAL: of the rules that refused */
-	__u32 zero;
+	__u32 slot;
 };
 
 static __always_inline __u32 decayed(const struct state *state, const struct mis_agent *agent,
@@ -90,21 +91,41 @@ static __always_inline __u8 level_of(const struct state *state, const struct mis
 /* Whether an effect that begins at level `begins` is in force. */
 #define in_force(act, begins) ((act)->level <= (act)->begins)
 
+/*
+ * CLOCK_MONOTONIC, read once a tick and task: at most ten milliseconds old, and no deadline, decay or
+ * lifetime is that exact.  Jiffies are one load, the clock is a hundred instructions.
+ */
+static __always_inline __u64 clock_of(struct mis_scope *scope)
+{
+	__u64 tick = bpf_jiffies64();
+
+	if (!scope)
+		return bpf_ktime_get_ns();
+	if (scope->tick != tick) {
+		scope->now = bpf_ktime_get_ns();
+		scope->tick = tick;
+	}
+	return scope->now;
+}
+
 /* Begin of every hook: whether the current task belongs to an agent, and how that agent stands. */
 __noinline int mine(struct act *act)
 {
 	struct mis_agent *agent;
+	struct mis_scope *scope = NULL;
 	struct state *state;
-	__u64 now, id = current_agent();
+	__u32 slot = 0;
+	__u64 now;
 
-	if (!act || !id)
+	if (!act)
 		return 0;
-	agent = bpf_map_lookup_elem(&agents, &id);
+	agent = current_agent(&scope, &slot);
 	if (!agent)
 		return 0;
-	now = bpf_ktime_get_ns();
-	state = bpf_map_lookup_elem(&states, &id);
-	act->id = id;
+	now = clock_of(scope);
+	state = bpf_map_lookup_elem(&states, &slot);
+	act->id = agent->id;
+	act->slot = slot;
 	act->capabilities = agent->capabilities;
 	act->flags = agent->flags;
 	act->depth = agent->depth;
@@ -209,7 +230,7 @@ __noinline int refused(struct act *act, int allowed)
 	struct mis_agent *agent;
 	struct state *state;
 	int enforce, dead = 0;
-	__u64 id;
+	__u32 slot;
 
 	if (!act)
 		return 1;
@@ -225,10 +246,10 @@ __noinline int refused(struct act *act, int allowed)
 	}
 	if (!dead && (allowed || act->quiet))
 		return !allowed && enforce;
-	id = act->id;
-	agent = bpf_map_lookup_elem(&agents, &id);
-	state = bpf_map_lookup_elem(&states, &id);
-	if (!agent || !state) /* being removed: its tasks are gone, or should be */
+	slot = act->slot;
+	agent = bpf_map_lookup_elem(&agents, &slot);
+	state = bpf_map_lookup_elem(&states, &slot);
+	if (!agent || !state || agent->id != act->id) /* being removed: its tasks are gone, or should be */
 		return 1;
 	if (!dead && act->marks & MIS_CANARY) {
 		__sync_fetch_and_add(&state->canaries, 1);

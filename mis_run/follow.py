@@ -319,4 +319,6 @@ class Follower:
             facts["counters"] = plain(self.counters.read())
         if net:
             facts["network"] = plain(net.counts())
+        if kernel := self.guards.get("kernel"):
+            facts["kernel"] = plain(kernel.counts())
         return facts

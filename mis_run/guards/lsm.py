@@ -7,54 +7,39 @@ the deadline has passed every act of the agent is denied and kills it (`lsm_plan
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mis_run import defcon
 from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event
 from mis_run.guards import lsm_abi, lsm_plane
 from mis_run.guards.file import NO_CHILD
-from mis_run.guards.lsm_abi import AGENT, PLACE, RULE, STATE, AgentFlag
+from mis_run.guards.lsm_abi import PLACE, RULE, STATE, own_words
 from mis_run.guards.lsm_plane import supported
 from mis_run.guards.lsm_policy import Compiled
+from mis_run.guards.lsm_settings import LsmPolicy, Settings
 from mis_run.linux import abi, bpf_pins, libbpf, libc
 from mis_run.model import Defcon
 
-__all__ = ["Counts", "LsmGuard", "LsmPolicy", "attach", "supported"]
+__all__ = ["Compiled", "Counts", "Defcon", "LsmGuard", "LsmPolicy", "attach", "supported"]
 
 DEEPEST = 32  # scope.bpf.h
 RING = 256 * 1024
 BATCH = 128  # events per read: a storm must not keep the loop from its other work
-HARMLESS = ("chown", "dac_override", "fowner", "fsetid", "kill", "setgid", "setuid")
-"""What a root agent is given (bundle.py)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LsmPolicy:
-    """What one agent may do; ``rules`` from `lsm_policy.compile`."""
-
-    rules: Compiled
-    enforce: bool = True
-    on_loss: str = "closed"  # closed | open
-    deadline: float | None = None  # seconds without `renew`; None: no dead man
-    no_wx: bool = False
-    capabilities: Sequence[str] = HARMLESS
-    defcon: Defcon = field(default_factory=Defcon)
-    processes: Path | None = None  # the cgroup that its processes are in; None: the guarded one
-    canary: str = ""  # a file whose rule is marked CANARY, as the container's init names it
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What the kernel counted; ``count`` is the decaying sum that the level follows from."""
+    """What the kernel counted; ``count`` is the decaying sum that the level follows from, ``hits``
+    the acts that what ``walks`` remembered did allow (in lots of 64 for each task)."""
 
     count: int
     denied: int
@@ -62,6 +47,8 @@ class Counts:
     killed: int
     events_lost: int
     canaries: int = 0
+    hits: int = field(default=0, compare=False)
+    walks: int = field(default=0, compare=False)
 
 
 class LsmGuard:
@@ -73,13 +60,13 @@ class LsmGuard:
         self._policy = policy
         self._plane = plane
         self._key = struct.pack("=Q", self.id)
-        self._deadline = policy.deadline
-        self._level = defcon.NORMAL
-        self._quiet = False
+        self._slot = -1  # none yet
         self._proving = bool(policy.canary)  # until `arm` there is no agent, only guards that try
-        self._depth = _depth(cgroup)
-        if self._depth > DEEPEST:
+        depth = _depth(cgroup)
+        if depth > DEEPEST:
             raise SetupError(f"{cgroup} is nested more than {DEEPEST} deep")
+        own = own_words(policy.rules.entries)
+        self._settings = Settings(id=self.id, depth=depth, own=own, deadline=policy.deadline)
         self._ring_fd = bpf_pins.make_ring(RING)
         self._ring = libbpf.Ring(libbpf.Map(self._ring_fd))
 
@@ -87,39 +74,17 @@ class LsmGuard:
 
     def renew(self) -> None:
         """We live: the agent may act until the deadline from now."""
-        policy = self._policy
-        effects = {**defcon.EFFECTS, **policy.defcon.effects}
-        if self._quiet or not policy.defcon.act:
-            effects = dict.fromkeys(effects, defcon.NEVER)
-        flags = AgentFlag(0)
-        if policy.enforce:
-            flags |= AgentFlag.ENFORCE
-        if policy.on_loss == "open":
-            flags |= AgentFlag.LOSS_OPEN
-        if policy.no_wx:
-            flags |= AgentFlag.NO_WX
-        late = time.monotonic_ns() + int(self._deadline * 1e9) if self._deadline else 0
-        self._plane.agents.update(
-            self._key,
-            AGENT.pack(
-                *(late, int(policy.defcon.decay * 1e9)),
-                *(lsm_abi.capability_mask(policy.capabilities), flags, self._depth),
-                *policy.defcon.thresholds,
-                *(effects[name] for name in ("writes", "binaries", "wx_memory", "explicit")),
-                *(effects["kill"], self._level, 0),
-            ),
-        )
+        self._plane.agents.write(self._slot, self._settings.pack(self._policy))
 
     def set_level(self, level: int) -> None:
         """An operator's word: the level is at most this, whatever was counted."""
-        self._level = level
+        self._settings.level = level
         self.renew()
 
     def recount(self, count: int) -> None:
         """An operator's word on how many violations count, whatever was counted."""
-        raw = self._plane.states.lookup(self._key, STATE.size) or bytes(STATE.size)
-        _, _, _, *rest = STATE.unpack(raw)
-        self._plane.states.update(self._key, STATE.pack(0, count, time.monotonic_ns(), *rest))
+        _, _, _, *rest = self._state()
+        self._put_state(STATE.pack(0, count, time.monotonic_ns(), *rest))
 
     def arm(self, deadline: float) -> None:
         """Here the agent begins: what was tried until now was tried by us.
@@ -130,29 +95,62 @@ class LsmGuard:
             continue
         self._reset()
         self._proving = False
-        self._deadline = deadline
+        self._settings.deadline = deadline
         self.renew()
 
     def counts(self) -> Counts:
         """What the kernel counted so far."""
-        raw = self._plane.states.lookup(self._key, STATE.size) or bytes(STATE.size)
-        _, count, _, denied, audited, killed, lost, canaries = STATE.unpack(raw)
-        return Counts(count, denied, audited, killed, lost, canaries)
+        _, count, _, *rest = self._state()
+        return Counts(count, *rest)
 
     # ---- attaching ------------------------------------------------------------------------
 
     def register(self) -> None:
         """From here on the agent is judged. The rules are complete before it is known."""
-        for place, entry in self._policy.rules.entries.items():
+        plane = self._plane
+        self._put_rules(self._policy.rules)
+        with lsm_plane.locked():
+            self._slot = plane.free_slot()
+            self._settings.generation = plane.next_epoch()
+            self._reset()
+            plane.rings.update(self._key, struct.pack("=I", self._ring_fd))
+            self.renew()
+            plane.slots.update(self._key, struct.pack("=I", self._slot))
+            plane.announce()
+
+    def replace(self, rules: Compiled) -> None:
+        """Other rules for what begins after this; until then an act may meet some of both.
+
+        A file never falls between them: the new ones are there before the old ones go, and what
+        was remembered is void in between.
+        """
+        old, settings = self._policy.rules, self._settings
+        wanted = own_words(rules.entries)
+        settings.own = [a | b for a, b in zip(settings.own, wanted, strict=True)]
+        self.renew()
+        self._put_rules(rules)
+        self._void()
+        for place in old.entries.keys() - rules.entries.keys():
+            self._plane.rules.delete(PLACE.pack(self.id, place.inode, place.device, 0))
+        self._void()
+        settings.own = wanted
+        self.renew()
+        self._policy = dataclasses.replace(self._policy, rules=rules)
+        old.release()
+
+    def _void(self) -> None:
+        """Make all void that was remembered of this agent's rights until here."""
+        with lsm_plane.locked():
+            self._settings.generation = self._plane.next_epoch()
+            self.renew()
+            self._plane.announce()
+
+    def _put_rules(self, rules: Compiled) -> None:
+        for place, entry in rules.entries.items():
             self._plane.rules.update(
                 PLACE.pack(self.id, place.inode, place.device, 0),
                 RULE.pack(entry.allow, entry.deny, entry.number, entry.flags),
             )
-        self._plane.rings.update(self._key, struct.pack("=I", self._ring_fd))
-        self._reset()
-        with lsm_plane.locked():
-            self.renew()
-            self._plane.announce()
 
     def close(self) -> None:
         """The agent is known no more, and nothing of it is left in the maps."""
@@ -164,7 +162,14 @@ class LsmGuard:
         self._policy.rules.release()
 
     def _reset(self) -> None:
-        self._plane.states.update(self._key, bytes(STATE.size))
+        self._put_state(bytes(STATE.size))
+
+    def _state(self) -> tuple[int, ...]:
+        raw = self._plane.states.lookup(struct.pack("=I", self._slot), STATE.size)
+        return STATE.unpack(raw or bytes(STATE.size))
+
+    def _put_state(self, value: bytes) -> None:
+        self._plane.states.update(struct.pack("=I", self._slot), value, libbpf.BPF_F_LOCK)
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -189,7 +194,7 @@ class LsmGuard:
         """
         if probe is not None:
             self.beat(probe)
-        self._quiet = True  # what we try must not end in the effects of a level
+        self._settings.quiet = True  # what we try must not end in the effects of a level
         self.renew()
         with tempfile.TemporaryFile() as canary, ExitStack() as stack:
             os.fchmod(canary.fileno(), 0o755)
@@ -215,7 +220,7 @@ class LsmGuard:
         """What was tried so far was tried by us."""
         self.read()
         self._reset()
-        self._quiet = False
+        self._settings.quiet = False
         self.renew()
 
     def beat(self, probe: Callable[[str], int]) -> None:

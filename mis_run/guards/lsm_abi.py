@@ -6,7 +6,7 @@ Events become `Event` here.  Out of scope: who may do what (`lsm_policy`), attac
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntFlag
 from typing import Any
 
@@ -14,8 +14,9 @@ from mis_run.events import Event, Guarantee, Verdict
 
 PLACE = struct.Struct("=QQII")
 RULE = struct.Struct("=HHII")
-AGENT = struct.Struct("=QQQII4I6BH")
-STATE = struct.Struct("=IIQQQQQQ")
+AGENT = struct.Struct("=QQQQQII4I6BH16Q")
+STATE = struct.Struct("=IIQQQQQQQQ")
+SLOTS = 4096
 PLANE = struct.Struct("=QQ")
 EVENT = struct.Struct("=QQQIIIIIIIHBB16s512s")
 PATH = 256
@@ -47,11 +48,12 @@ class RuleFlag(IntFlag):
 
 class AgentFlag(IntFlag):
     """ENFORCE: deny, not only tell. LOSS_OPEN: past the deadline audit. NO_WX: no memory writable
-    and executable, at any level."""
+    and executable, at any level. NO_CACHE: every act is judged by a walk."""
 
     ENFORCE = 1
     LOSS_OPEN = 2
     NO_WX = 4
+    NO_CACHE = 8
 
 
 # Rule numbers with a meaning of their own.
@@ -99,6 +101,15 @@ CAPABILITIES = """
     sys_tty_config mknod lease audit_write audit_control setfcap mac_override mac_admin syslog
     wake_alarm block_suspend audit_read perfmon bpf checkpoint_restore
 """.split()
+
+
+def own_words(places: Iterable[tuple[int, int]]) -> list[int]:
+    """mis_agent.own for inodes (device, number) that have a rule: what policy.bpf.h looks in."""
+    words = [0] * 16
+    for device, inode in places:
+        bit = ((inode ^ device << 40) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 54
+        words[bit >> 6] |= 1 << (bit & 63)
+    return words
 
 
 def capability_mask(names: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from mis_run import locks
 from mis_run.build import built
 from mis_run.errors import SetupError
-from mis_run.guards.lsm_abi import PLACE, PLANE
+from mis_run.guards.lsm_abi import AGENT, PLACE, PLANE, SLOTS
 from mis_run.linux import bpf_pins
 from mis_run.model import Finding
 
@@ -62,13 +62,18 @@ class Plane:
         return bpf_pins.PinnedMap(self.folder / "maps" / name)
 
     @cached_property
-    def agents(self) -> bpf_pins.PinnedMap:
-        """Cgroup id → settings."""
-        return self._map("agents")
+    def agents(self) -> bpf_pins.MappedArray:
+        """Slot → settings, written by us only."""
+        return bpf_pins.MappedArray(self.folder / "maps" / "agents", SLOTS, AGENT.size)
+
+    @cached_property
+    def slots(self) -> bpf_pins.PinnedMap:
+        """Cgroup id → slot."""
+        return self._map("slots")
 
     @cached_property
     def states(self) -> bpf_pins.PinnedMap:
-        """Cgroup id → counts, written by the kernel."""
+        """Slot → counts, written by the kernel."""
         return self._map("states")
 
     @cached_property
@@ -82,8 +87,8 @@ class Plane:
         return self._map("rules")
 
     @cached_property
-    def _state(self) -> bpf_pins.PinnedMap:
-        return self._map("plane")
+    def _state(self) -> bpf_pins.MappedArray:
+        return bpf_pins.MappedArray(self.folder / "maps" / "plane", 1, PLANE.size)
 
     def close(self) -> None:
         """Release descriptors; what is pinned stays."""
@@ -98,23 +103,43 @@ class Plane:
 
     def ids(self) -> list[int]:
         """Registered agents."""
-        return [int.from_bytes(key, "little") for key in self.agents.keys(8)]
+        return [int.from_bytes(key, "little") for key in self.slots.keys(8)]
+
+    def slot(self, agent: int) -> int | None:
+        """Where a registered agent's settings and counts are."""
+        found = self.slots.lookup(agent.to_bytes(8, "little"), 4)
+        return None if found is None else int.from_bytes(found, "little")
+
+    def free_slot(self) -> int:
+        """One that no agent has. To be called under `locked`. Raises SetupError."""
+        taken = {self.slot(agent) for agent in self.ids()}
+        free = next((slot for slot in range(SLOTS) if slot not in taken), None)
+        if free is None:
+            raise SetupError(f"kernel plane: {SLOTS} agents are running already")
+        return free
+
+    def next_epoch(self) -> int:
+        """What `announce` will make of it: a number that never was. To be called under `locked`."""
+        return int(PLANE.unpack(self._state.read(0))[0]) + 1
 
     def announce(self) -> None:
         """Make every task look again which agent it belongs to. To be called under `locked`."""
-        epoch = PLANE.unpack(self._state.lookup(bytes(4), PLANE.size) or bytes(PLANE.size))[0]
-        self._state.update(bytes(4), PLANE.pack(epoch + 1, len(self.ids())))
+        self._state.write(0, PLANE.pack(self.next_epoch(), len(self.ids())))
 
     def forget(self, agent: int) -> None:
         """Remove all that is known of an agent. To be called under `locked`."""
-        key = agent.to_bytes(8, "little")
-        self.agents.delete(key)
-        self.announce()
+        key, slot = agent.to_bytes(8, "little"), self.slot(agent)
+        settings = b"" if slot is None else self.agents.read(slot)
+        if slot is not None and settings[:8] == key:
+            self.agents.write(slot, bytes(8) + settings[8:])  # its id, and with it the agent
+        # A map of maps: the kernel waits here until no program runs that began before, and may
+        # still have the slot in its hands (maybe_wait_bpf_programs). Only then it is free.
         self.rings.delete(key)
-        self.states.delete(key)
         for place in self.rules.keys(PLACE.size):
             if PLACE.unpack(place)[0] == agent:
                 self.rules.delete(place)
+        self.slots.delete(key)
+        self.announce()
 
 
 def locked() -> AbstractContextManager[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -173,6 +174,39 @@ class PinnedMap(libbpf.Map):
                 raise
             found.append(key.raw)
             before = key.raw
+
+
+class MappedArray(PinnedMap):
+    """An array map (BPF_F_MMAPABLE) whose values are read and written as words of eight bytes.
+
+    A word is stored by one instruction, so a program that runs meanwhile sees the old or the new.
+    """
+
+    def __init__(self, path: Path, entries: int, size: int) -> None:
+        super().__init__(path)
+        self._words = size // 8
+        length = -(-entries * size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._memory = mmap.mmap(self.fd, length)
+        self._view = memoryview(self._memory).cast("Q")
+
+    def close(self) -> None:
+        """Release the mapping and the descriptor."""
+        self._view.release()
+        self._memory.close()
+        super().close()
+
+    def read(self, index: int) -> bytes:
+        """A value."""
+        at = index * self._words
+        return self._view[at : at + self._words].tobytes()
+
+    def write(self, index: int, value: bytes) -> None:
+        """Change a value: the words that differ, from the last to the first."""
+        at = index * self._words
+        words = struct.unpack(f"={self._words}Q", value)
+        for offset in reversed(range(self._words)):
+            if self._view[at + offset] != words[offset]:
+                self._view[at + offset] = words[offset]
 
 
 def verified(link: Path) -> int:

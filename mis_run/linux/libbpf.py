@@ -18,6 +18,7 @@ from mis_run.errors import SetupError
 
 # linux/bpf.h, stable ABI.
 BPF_F_ALLOW_MULTI = 1 << 1
+BPF_F_LOCK = 4  # of an update: under the value's spin lock
 XDP_FLAGS_SKB_MODE = 1 << 1
 XDP_FLAGS_DRV_MODE = 1 << 2
 ATTACH_TYPES = {
@@ -152,9 +153,9 @@ class Map:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def update(self, key: bytes, value: bytes) -> None:
+    def update(self, key: bytes, value: bytes, flags: int = 0) -> None:
         """Insert or replace."""
-        _bpf().update(self.fd, key, value, 0)
+        _bpf().update(self.fd, key, value, flags)
 
     def delete(self, key: bytes) -> None:
         """Remove; a key that is not there is fine."""

@@ -7,6 +7,7 @@ environment are at the same paths in the guest. No KVM: emulation is slow but wo
 
     python tests/vm/vm.py shell 6.12            a root shell in it
     python tests/vm/vm.py run 6.1 -- uname -a   one command
+    python tests/vm/vm.py run 6.12 --count -- COMMAND   a nanosecond of its clock is an instruction
     python tests/vm/vm.py fetch                 only get the kernels
 
 Out of scope: which tests run and how they are reported (conftest.py), other machines than
@@ -43,6 +44,9 @@ OPTIONS_9P = "ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose"
 # (text_poke_bp_batch, arch/x86/kernel/alternative.c).  QEMU 7.2 with a thread for each may still
 # run what it translated in between: "Oops: int3" in the page allocator, seen in two of three runs.
 ACCELERATOR = "-accel tcg,thread=single"
+# One CPU, whose clock goes on by a nanosecond with each instruction: times are instruction counts,
+# and the same however busy this machine is.
+COUNTING = f"{ACCELERATOR} -icount shift=0,sleep=off"
 # Never needed in a virtual machine without devices, and three quarters of the size.
 UNWANTED = ("sound", *(f"drivers/{name}" for name in (
     "ata", "gpu", "hid", "iio", "infiniband", "input", "isdn", "media", "mtd", "net/ethernet",
@@ -117,13 +121,15 @@ def run(
     cgroups: str = "v2",
     memory: str = "2G",
     interactive: bool = False,
+    count: bool = False,
 ) -> Done:
     """Boot ``line``, run ``command`` in its shell as root, wait at most ``timeout`` seconds.
 
     ``share`` is a directory that the guest may write, at the same path; the rest of this
     machine's files are read-only there, or a throw-away layer (/tmp, /etc, /usr, /var …).
-    ``cgroups``: which kind of host the guest is, see layout.py. All processes of the virtual
-    machine end with this call, and with the calling thread however that dies.
+    ``cgroups``: which kind of host the guest is, see layout.py; ``count``: see COUNTING.
+    All processes of the virtual machine end with this call, and with the calling thread however
+    that dies.
     """
     image = kernel(line)
     with tempfile.TemporaryDirectory(prefix="mis-vm-") as folder:
@@ -141,12 +147,14 @@ def run(
             f"echo $? >{told}\n"
         )
         argv = [
-            *("vng", "--run", str(image), "--disable-kvm", "--user", "root", "--cpus", "2"),
+            *("vng", "--run", str(image), "--disable-kvm", "--user", "root"),
+            *("--cpus", "1" if count else "2"),
             "--force-9p",  # what Debian 12 has as virtiofsd is not the one that virtme-ng can use
             *("--memory", memory, "--rwdir", folder, "--append", f"{LSM} panic=-1"),
             *(("--rwdir", str(share)) if share else ()),
             *(() if interactive else ("--verbose",)),  # without it the console is lost
-            f"--qemu-opts={ACCELERATOR} -fsdev local,id=checkout,path={ROOT},security_model=none,"
+            f"--qemu-opts={COUNTING if count else ACCELERATOR} "
+            f"-fsdev local,id=checkout,path={ROOT},security_model=none,"
             "readonly=on,multidevs=remap -device virtio-9p-pci,fsdev=checkout,mount_tag=checkout",
             *("--", f"sh {script}"),
         ]
@@ -247,6 +255,7 @@ def main() -> int:
     words.add_argument("line", nargs="?", default=LINES[-1], choices=LINES)
     words.add_argument("--cgroups", default="v2", choices=("v1", "v2", "hybrid"))
     words.add_argument("--memory", default="2G")
+    words.add_argument("--count", action="store_true")
     before, after = sys.argv[1:], []
     if "--" in before:  # argparse does not take "--" behind optional words
         before, after = before[: before.index("--")], before[before.index("--") + 1 :]
@@ -263,7 +272,7 @@ def main() -> int:
         command = "bash -i" if shell else shlex.join(after or ["true"])
         done = run(
             given.line, command, cgroups=given.cgroups, memory=given.memory,
-            interactive=shell, timeout=86400 if shell else 600,
+            interactive=shell, timeout=86400 if shell else 1200, count=given.count,
         )  # fmt: skip
     except VmError as error:
         print(f"vm: {error}", file=sys.stderr)

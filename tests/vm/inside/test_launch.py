@@ -42,9 +42,9 @@ def workspace(tmp_path: Path) -> Iterator[Path]:
     yield folder
     assert snapshot() == before
     plane = lsm_plane.ensure()
-    left = [plane.ids(), plane.states.keys(8), plane.rings.keys(8), plane.rules.keys(PLACE.size)]
+    left = [plane.ids(), plane.rings.keys(8), plane.rules.keys(PLACE.size)]
     plane.close()
-    assert left == [[], [], [], []]
+    assert left == [[], [], []]
 
 
 def profile(folder: Path, text: str, require: str = "") -> tuple[str, ...]:

@@ -20,7 +20,7 @@ import pytest
 from mis_run.errors import VerifyError
 from mis_run.events import Verdict
 from mis_run.guards import lsm, lsm_plane
-from mis_run.guards.lsm_abi import PLACE, STATE, Right, RuleFlag
+from mis_run.guards.lsm_abi import PLACE, Right, RuleFlag
 
 OK, EPERM = 0, errno.EPERM
 pytestmark = pytest.mark.parametrize("tree", ["tmpfs"], indirect=True, scope="module")
@@ -425,15 +425,14 @@ def test_detached_leaves_nothing(tree: Any, cgroups: Any) -> None:
     plane = lsm_plane.ensure()
     group = cgroups()
     keys = lambda: [  # noqa: E731
-        len(plane.agents.keys(8)),
-        len(plane.states.keys(8)),
+        len(plane.slots.keys(8)),
         len(plane.rings.keys(8)),
         len(plane.rules.keys(PLACE.size)),
     ]
     before = keys()
     for _ in range(5):
         with lsm.attach(group, tree.policy()) as guard:
-            assert plane.states.lookup(struct.pack("=Q", guard.id), STATE.size)
+            assert plane.slot(guard.id) is not None
     assert keys() == before
     assert lsm.in_cgroup(group, read(tree.hidden / "file")) == OK
     plane.close()
@@ -445,7 +444,7 @@ def test_a_thousand_agents_leave_nothing(quarter: int, tree: Any, agent: Path) -
     and open files here as before, and the epoch has moved on each time."""
     policy = tree.policy()
     plane = lsm_plane.ensure()
-    maps = {"agents": 8, "states": 8, "rings": 8, "rules": PLACE.size}
+    maps = {"slots": 8, "rings": 8, "rules": PLACE.size}
 
     def held() -> list[int]:
         entries = [len(getattr(plane, name).keys(size)) for name, size in maps.items()]
@@ -513,8 +512,7 @@ def test_verify(tree: Any, agent: Path) -> None:
         assert guard.read() == []
         assert guard.counts() == lsm.Counts(0, 0, 0, 0, 0)
         with lsm_plane.locked():
-            guard._plane.agents.delete(guard._key)
-            guard._plane.announce()
+            guard._plane.forget(guard.id)
         guard.renew = lambda: None  # type: ignore[method-assign]
         with pytest.raises(VerifyError):
             guard.verify()
