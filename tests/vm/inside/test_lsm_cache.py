@@ -7,11 +7,9 @@ something changes, and the very next act is judged anew.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -103,28 +101,6 @@ def test_off(tree: Any, agent: Path) -> None:
         assert lsm.in_cgroup(agent, often(tree.open / "file", 500)) == OK
         assert (guard.counts().hits, guard.counts().walks) == (0, 0)
         assert lsm.in_cgroup(agent, read(tree.hidden / "file")) == EPERM
-
-
-def test_it_is_worth_it(tree: Any, agent: Path) -> None:
-    """The same opens cost more without it: the best of many lots, which nobody disturbed."""
-    best: dict[bool, int] = {}
-    told = mmap.mmap(-1, 8)
-
-    def timed() -> None:
-        least = 1 << 62
-        for _ in range(400):
-            began = time.perf_counter_ns()
-            often(tree.open / "file", 5)()  # shorter than a time slice of the host
-            least = min(least, time.perf_counter_ns() - began)
-        struct.pack_into("=Q", told, 0, least)
-
-    for _ in range(3):
-        for cache in (True, False):
-            with lsm.attach(agent, tree.policy(defcon=CALM, cache=cache)):
-                assert lsm.in_cgroup(agent, timed) == OK
-            took = struct.unpack("=Q", told[:8])[0]
-            best[cache] = min(took, best.get(cache, took))
-    assert best[True] < best[False]
 
 
 def test_programs_are_known(tree: Any, agent: Path, guard: lsm.LsmGuard) -> None:
