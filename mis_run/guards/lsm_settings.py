@@ -15,7 +15,7 @@ from mis_run.guards.lsm_abi import AGENT, AgentFlag, capability_mask
 from mis_run.guards.lsm_policy import Compiled
 from mis_run.model import Defcon
 
-HARMLESS = ("chown", "dac_override", "fowner", "fsetid", "kill", "setgid", "setuid")
+HARMLESS = ("chown", "dac_override", "fowner", "kill", "setgid", "setuid")
 """What a root agent is given (bundle.py)."""
 
 
