@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import socket
 from typing import TYPE_CHECKING
 
@@ -42,7 +41,7 @@ def attach(box: Box) -> None:
 
     Raises VerifyError unless a socket of ours can be connected to without, and not with it.
     """
-    name = f"mis-{secrets.token_hex(8)}"
+    name = f"mis-{os.urandom(8).hex()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(f"\0{name}")
         listener.listen(8)
