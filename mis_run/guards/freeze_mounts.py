@@ -14,6 +14,7 @@ import os
 import struct
 
 from mis_run import masks
+from mis_run.errors import SetupError
 from mis_run.guards import marks
 from mis_run.linux import libc
 
@@ -35,11 +36,8 @@ def read_only(pid: int, pidfd: int, kept: str) -> list[str]:
     """
     try:
         points = [m.point for m in marks.mounts(pid) if not masks.within(m.point, kept)]
-    except OSError as error:
-        # It has ended, and its mounts with it (EINVAL: mounts_open_common, fs/proc_namespace.c).
-        if error.errno in (errno.EINVAL, errno.ENOENT, errno.ESRCH):
-            return []
-        raise
+    except SetupError:  # it has ended, and its mounts with it
+        return []
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

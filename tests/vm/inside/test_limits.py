@@ -71,8 +71,9 @@ def test_memory_hog(runtime: str, workspace: Path) -> None:
     words = (*options(workspace), "--memory", "64M")
     done = run(*PYTHON, hog, cwd=workspace, options=words, timeout=100)
     assert done.code == 137, done.err
-    assert "memory limit: 1 process(es) killed" in done.err
-    assert [one["subject"]["count"] for one in done.events if one["kind"] == "limits.oom"] == [1]
+    killed = sum(one["subject"]["count"] for one in done.events if one["kind"] == "limits.oom")
+    assert killed in (1, 2)  # the hog, and with crun sometimes its init
+    assert f"memory limit: {killed} process(es) killed" in done.err
     assert event(done, "run.exit")["usage"]["memory_peak"] < 66 * MIB
     words = (*options(workspace), "--memory", "400M")
     control = run(*PYTHON, hog, cwd=workspace, options=words, timeout=100)
