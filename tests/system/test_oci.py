@@ -321,8 +321,8 @@ def test_live_restore(tmp_path: Path) -> None:
         assert done.stdout.strip() == str(EPERM)
         engines.remove_all(again)
         engines.stop(again)
-    # dockerd 20.10 that came back sometimes leaves the network sandbox of the container that it took
-    # over: a namespace held by a mount of its own, below its own folder. It is not ours to judge.
+    # A dockerd 20.10 that came back sometimes leaves the network sandbox of what it took
+    # over: a namespace held by a mount below its own folder. That is not ours to judge.
     for sandbox in (tmp_path / "exec/netns").glob("*"):
         subprocess.run(["umount", sandbox], check=False, capture_output=True)
     with suppress(AssertionError):  # compared below, with a difference to read
