@@ -23,7 +23,7 @@ def of(folder: Path) -> str:
     device = folder.stat().st_dev
     if not os.major(device):  # btrfs has numbers of its own, and tells its disk in the mount table
         device = _source(device)
-    number = f"{os.major(device)}:{os.minor(device)}"
+    number = _number(device)
     entry = NUMBERS / number
     if not os.major(device) or not entry.exists():
         raise SetupError(
@@ -36,10 +36,14 @@ def of(folder: Path) -> str:
     return number
 
 
+def _number(device: int) -> str:
+    """As the kernel writes it."""
+    return f"{os.major(device)}:{os.minor(device)}"
+
+
 def _source(device: int) -> int:
     """The block device that the file system with this number was mounted from, 0 for none."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    sources = [mount.source for mount in mountinfo.read() if mount.device == number]
+    sources = [mount.source for mount in mountinfo.read() if mount.device == _number(device)]
     return next((found for source in sources if (found := block_device(source))), 0)
 
 
@@ -53,7 +57,6 @@ def block_device(name: str) -> int:
 
 
 def _kind(folder: Path) -> str:
-    device = folder.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
+    number = _number(folder.stat().st_dev)
     kinds = [mount.kind for mount in mountinfo.read() if mount.device == number]
     return kinds[-1] if kinds else "an unknown file system"

@@ -23,7 +23,7 @@ CONFIGS = ("config", "config.worktree")
 POINTERS = ("commondir", "gitdir")
 """Files that lead git to another place's configuration."""
 
-EXECUTED = re.compile(
+EXECUTED = (
     r"core\.(fsmonitor|hookspath|sshcommand|pager|editor|askpass|gitproxy|alternaterefscommand)"
     r"|pager\..*|sequence\.editor|interactive\.difffilter|init\.templatedir|web\.browser"
     r"|diff\.external|(diff|merge|filter|trailer)\..*\.(command|cmd|driver|textconv|clean|smudge|process)"
@@ -32,8 +32,9 @@ EXECUTED = re.compile(
     r"|include\.path|includeif\..*\.path|uploadpack\.packobjectshook"
     r"|remote\..*\.(uploadpack|receivepack|vcs)|(alias|submodule)\..*|(remote|url)\..*"
 )
-"""Settings that name a program (git-config(1)), or may: the last line's by their value."""
-BY_VALUE = re.compile(r"(alias|submodule|remote|url)\.")
+"""Settings that name a program (git-config(1)), or may: the last line's by their value.  Compiled
+only where a run has changed something."""
+BY_VALUE = r"(alias|submodule|remote|url)\."
 
 Contents = Mapping[str, bytes]
 
@@ -129,9 +130,9 @@ def _settings(content: bytes, before: bytes) -> list[str]:
 
 def _runs(key: str, value: str) -> bool:
     key = key.lower()
-    if not EXECUTED.fullmatch(key) or value.lower() in ("", "true", "false"):
+    if not re.fullmatch(EXECUTED, key) or value.lower() in ("", "true", "false"):
         return False
-    return not BY_VALUE.match(key) or value.startswith("!") or "::" in key + value
+    return not re.match(BY_VALUE, key) or value.startswith("!") or "::" in key + value
 
 
 def _parsed(content: bytes) -> set[tuple[str, str]] | None:

@@ -46,7 +46,10 @@ def run(options: Options, output: Path | None) -> int:
     """
     from mis_run import launch
 
-    with _replacing(output) as write, _scratch() as folder:
+    with (
+        _replacing(output) as write,
+        tempfile.TemporaryDirectory(prefix="mis-learn-", dir="/run") as folder,
+    ):
         source, log = Path(folder) / "learning.toml", Path(folder) / "record.jsonl"
         source.write_text(LEARNING)
         caller = host.caller(options.user, os.environ)
@@ -64,10 +67,6 @@ def run(options: Options, output: Path | None) -> int:
         text = render(events, facts, " ".join(options.command))
         write(text)
     return code
-
-
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="mis-learn-", dir="/run")
 
 
 @contextmanager

@@ -223,19 +223,19 @@ def hidden(plan: Plan) -> dict[str, bool]:
 
 def _shown(path: str, binds: Mapping[str, str]) -> bool:
     """Whether it is there to be covered: not below another bind, which would get an empty file."""
+    return os.path.lexists(_on_host(path, binds))
+
+
+def _on_host(path: str, binds: Mapping[str, str]) -> str:
+    """Where a path that lies in a bind is outside."""
     target = max((target for target in binds if masks.within(path, target)), key=len)
-    return os.path.lexists(f"{binds[target]}{path[len(target) :]}")
+    return f"{binds[target]}{path[len(target) :]}"
 
 
 def single(plan: Plan, protected: Iterable[str]) -> set[str]:
     """Of what is mounted for the agent to see or not to change: what is a file, as it sees it."""
-    binds = plan.shared()
-    found = {target for target, bind in binds.items() if not bind.source.is_dir()}
-    for path in protected:
-        target = max((t for t in binds if Path(path).is_relative_to(t)), key=len)
-        if not (binds[target].source / Path(path).relative_to(target)).is_dir():
-            found.add(path)
-    return found
+    binds = {target: str(bind.source) for target, bind in plan.shared().items()}
+    return {path for path in (*binds, *protected) if not Path(_on_host(path, binds)).is_dir()}
 
 
 def protected(plan: Plan) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from stat import S_ISGID, S_ISUID
 from typing import Any
 
 from mis_run.defcon import CALM, Effects
@@ -73,7 +74,6 @@ TYPES = {1: "stream", 2: "dgram", 3: "raw", 4: "rdm", 5: "seqpacket", 6: "dccp",
 WX = ("mmap", "mprotect", "pkey_mprotect", "shmat")
 MODE_AT = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2}
 """Which argument of these calls is the mode.  Governed only where `mode_rules` are given."""
-S_ISUID, S_ISGID = 0o4000, 0o2000
 CONDITIONAL = (
     *("clone", "unshare", "socket", "socketpair", "personality", "seccomp", "memfd_create"),
     *WX,

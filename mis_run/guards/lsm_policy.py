@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from ctypes import addressof, c_long, create_string_buffer
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -20,11 +18,10 @@ from typing import NamedTuple
 
 from mis_run.errors import SetupError
 from mis_run.guards.lsm_abi import Right, RuleFlag
-from mis_run.linux import libc, mountinfo
+from mis_run.linux import mountinfo
+from mis_run.linux.beneath import IN_ROOT, NO_MAGICLINKS, openat2
 
 NOTHING, PLAIN = Right(0), RuleFlag(0)
-_OPENAT2 = 437
-_RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
 
 
 class Line(NamedTuple):
@@ -165,13 +162,8 @@ def _merge(one: Entry, other: Entry) -> Entry:
 
 def _open(root: int, path: str) -> int | None:
     """``path`` below ``root``, O_PATH, never outside of it; None when it leads nowhere."""
-    name = create_string_buffer(os.fsencode(path))
-    how = create_string_buffer(
-        struct.pack("=QQQ", os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS),
-        24,
-    )
     try:
-        return int(libc._syscall(_OPENAT2, root, addressof(name), addressof(how), c_long(24)))
+        return openat2(root, path, os.O_PATH | os.O_CLOEXEC, IN_ROOT | NO_MAGICLINKS)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES):
             return None

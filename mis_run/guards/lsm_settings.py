@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mis_run import defcon
+from mis_run.bundle import ROOT_CAPABILITIES
 from mis_run.guards.lsm_abi import AGENT, AgentFlag, capability_mask
 from mis_run.guards.lsm_policy import Compiled
 from mis_run.model import Defcon
-
-HARMLESS = ("chown", "dac_override", "fowner", "kill", "setgid", "setuid")
-"""What a root agent is given (bundle.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +26,7 @@ class LsmPolicy:
     on_loss: str = "closed"  # closed | open
     deadline: float | None = None  # seconds without `renew`; None: no dead man
     no_wx: bool = False
-    capabilities: Sequence[str] = HARMLESS
+    capabilities: Sequence[str] = ROOT_CAPABILITIES
     defcon: Defcon = field(default_factory=Defcon)
     processes: Path | None = None  # the cgroup that its processes are in; None: the guarded one
     cache: bool = True  # what a walk found is remembered; False: to compare

@@ -24,6 +24,8 @@ from conformance import GROUPS, Outcome, Row
 from engine import Engine, events, traces
 from harness import wait_for
 
+from mis_run.bundle import ROOT_CAPABILITIES
+
 pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(engines.why_not() is not None, reason=str(engines.why_not())),
@@ -32,8 +34,6 @@ IMAGE = "python:1"
 # In an image "@system" is all of it and "@secrets" nothing: here both are named.
 SYSTEM = [f"/{name}/**" for name in ("usr", "bin", "lib", "lib64", "etc", "proc", "sys", "dev")]
 SECRET = "/etc/shadow"
-RIGHTS = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID")
-"""What a root agent of `mis-run` has."""
 LEFT_OUT = shutil.ignore_patterns(
     *("test", "__pycache__", "idlelib", "tkinter", "ensurepip", "lib2to3", "config-*", "pydoc_data")
 )
@@ -96,7 +96,7 @@ def ran(engine: Engine, rows: list[Row], folder: Path, runtime: str) -> dict[str
         for word in conformance.prepared(folder, rows, "/var/tmp", WORKSPACE)
     ]
     options = ["--name", "table", "--runtime", runtime, "--cap-drop", "ALL"]
-    options += [word for one in RIGHTS for word in ("--cap-add", one)]
+    options += [word for one in ROOT_CAPABILITIES for word in ("--cap-add", one)]
     engine.docker("create", *options, IMAGE, *argv)
     try:
         engine.docker("cp", f"{folder}/.", f"table:{WORKSPACE}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from acts import TRIED
 from harness import MIS_RUN, mis, run, wait_for
 from leftovers import snapshot
 
@@ -111,16 +112,9 @@ def test_allowed_work_passes(workspace: Path) -> None:
     assert end["subject"]["level"] == 5
 
 
-DENIED = """
-import ctypes, errno, os, socket, subprocess, sys
-def tried(name, act):
-    try:
-        act()
-    except OSError as error:
-        print(name, errno.errorcode[error.errno])
-    else:
-        print(name, "OK")
-def connect():
+DENIED = (
+    TRIED
+    + """def connect():
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM); sock.connect(("198.51.100.1", 80))
 def raw():
     socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)
@@ -134,6 +128,7 @@ tried("connect", connect)
 tried("raw", raw)
 tried("mount", lambda: os.chroot("/"))
 """
+)
 
 
 def test_denials(workspace: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from acts import OPENING
 
 from mis_run.errors import VerifyError
 from mis_run.events import Verdict
@@ -106,7 +107,7 @@ def test_moves_are_seen(tree: Any, guarded: tuple[Path, lsm.LsmGuard], neighbour
     """One process that is moved in and out is judged by where it is at each act."""
     path, codes = tree.hidden / "file", []
     with subprocess.Popen(
-        [sys.executable, "-I", "-c", MOVING, str(path)], stdin=-1, stdout=-1, text=True, bufsize=1
+        [sys.executable, "-I", "-c", OPENING, str(path)], stdin=-1, stdout=-1, text=True, bufsize=1
     ) as process:
         assert process.stdin and process.stdout
         for group in (neighbour, guarded[0], neighbour, guarded[0]):
@@ -117,23 +118,11 @@ def test_moves_are_seen(tree: Any, guarded: tuple[Path, lsm.LsmGuard], neighbour
     assert codes == [OK, EPERM, OK, EPERM]
 
 
-MOVING = """
-import os, sys
-for _ in sys.stdin:
-    code = 0
-    try:
-        os.close(os.open(sys.argv[1], os.O_RDONLY))
-    except OSError as error:
-        code = error.errno
-    print(code, flush=True)
-"""
-
-
 def test_who_was_there_before(tree: Any, agent: Path) -> None:
     """A process that was in the cgroup before the guard came is judged from then on, and one that
     remembered to belong nowhere too."""
     with subprocess.Popen(
-        [sys.executable, "-I", "-c", MOVING, str(tree.hidden / "file")],
+        [sys.executable, "-I", "-c", OPENING, str(tree.hidden / "file")],
         stdin=-1, stdout=-1, text=True, bufsize=1,
     ) as process:  # fmt: skip
         assert process.stdin and process.stdout

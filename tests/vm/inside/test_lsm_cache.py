@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from acts import OPENING
 
 from mis_run.guards import lsm, lsm_plane
 
@@ -376,18 +377,6 @@ def test_a_slot_again(tree: Any, cgroups: Callable[[], Path]) -> None:
                 assert guard.counts().denied == 1
         process.kill()
     plane.close()
-
-
-OPENING = """
-import os, sys
-for _ in sys.stdin:
-    code = 0
-    try:
-        os.close(os.open(sys.argv[1], os.O_RDONLY))
-    except OSError as error:
-        code = error.errno
-    print(code, flush=True)
-"""
 
 
 # ---- at the same time ---------------------------------------------------------------------

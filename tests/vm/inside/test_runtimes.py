@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from acts import TRIED
 from harness import HOST4, MIS_RUN, host_elsewhere, mis, run, wait_for
 from runtimes import (  # noqa: F401 - two are fixtures
     PYTHON,
@@ -22,16 +23,9 @@ from runtimes import (  # noqa: F401 - two are fixtures
     options,
 )
 
-ACTS = """
-import errno, os, socket, subprocess, sys
-def tried(name, act):
-    try:
-        act()
-    except OSError as error:
-        print(name, errno.errorcode[error.errno])
-    else:
-        print(name, "OK")
-def talk(port):
+ACTS = (
+    TRIED
+    + """def talk(port):
     with socket.create_connection((sys.argv[1], port), 20) as sock:
         sock.sendall(b"from " + sys.argv[2].encode())
         assert sock.recv(100).startswith(b"echo"), "no echo"
@@ -47,6 +41,7 @@ tried("algorithms", lambda: socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET))
 print(open("/proc/self/cgroup").read().strip())
 sys.exit(7)
 """
+)
 RULES = """
 [files]
 read = ["@system", "$WORKSPACE/open"]
