@@ -43,7 +43,7 @@ class Effects:
     ``writes``: writes outside the workspace are denied.  ``binaries``: executing what was not
     executed before in this run.  ``destinations``: peers not talked to before.  ``wx_memory``:
     memory writable and executable at once.  ``explicit``: all that no rule names explicitly (rules
-    of a named set or a pattern do not count).  ``kill``: freeze, kill, prove empty.
+    of a named set or a pattern do not count).  ``kill``: kill, prove empty.
     """
 
     writes: bool = False

@@ -72,6 +72,6 @@ class NotFound(MisError):
 
 
 class Emergency(MisError):
-    """DEFCON 1: the agent was frozen and killed because its violations added up."""
+    """DEFCON 1: the agent was killed because its violations added up."""
 
     exit_code = 119

@@ -277,7 +277,6 @@ class Follower:
             return
         self._forced = ending
         began = time.monotonic() if decided is None else decided
-        self.cgroup.freeze(True, 0.0)  # nothing runs on while the kill goes round
         self.cgroup.kill()
         if self.cgroup.wait_empty(EMPTY_WITHIN) >= EMPTY_WITHIN:
             self._finish(Ending("could not be killed", GuardLost.exit_code))

@@ -16,7 +16,7 @@
  * Until the first "beat" the launch is being set up, which takes as long as it takes: only the end
  * of the beats counts.  Lost means: no word for DEADLINE_MS, or the end of the beats without "bye".
  *
- * closed: freeze, kill, see the cgroup empty, kill the supervisor if it only hangs, and become
+ * closed: kill, see the cgroup empty, kill the supervisor if it only hangs, and become
  * GC-COMMAND.  What is held is closed last: opens that wait for a verdict wait until the end.
  *
  * open: the agent goes on without verdicts.  Opens are let through and counted ("fanotify"), calls
@@ -165,15 +165,17 @@ static void kill_listed(const char *folder)
 	closedir(dir);
 }
 
-/* Freeze, kill, prove empty; the milliseconds it took, -1 if it is not empty. */
+/*
+ * Kill, prove empty; the milliseconds it took, -1 if it is not empty.
+ *
+ * Not frozen before: were we killed between the two, the init could not end what is left.
+ */
 static long end_agent(void)
 {
 	struct timespec pause = { .tv_nsec = 1000000 };
 	long began = now_ms();
-	int killed;
+	int killed = cgroup_write("cgroup.kill", "1");
 
-	cgroup_write("cgroup.freeze", "1");
-	killed = cgroup_write("cgroup.kill", "1");
 	while (populated() && now_ms() - began < EMPTY_WITHIN) {
 		if (!killed) { /* a kernel before 5.14: frozen, so nobody forks away */
 			cgroup_write("cgroup.freeze", "1");

@@ -82,8 +82,11 @@ def kill_both(pid: int) -> None:
 
 
 def kill_both_reversed(pid: int) -> None:
+    """The supervisor dies while it ends the agent for the watchdog's death: nothing half done may
+    keep the init from finishing that."""
     dog = watchdog(pid)
     os.kill(dog, signal.SIGKILL)
+    time.sleep(random.random() * 0.004)
     os.kill(pid, signal.SIGKILL)
 
 
