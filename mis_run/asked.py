@@ -12,11 +12,11 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from mis_run import namespace
+from mis_run.dataclass import dataclass, field
 from mis_run.errors import SetupError
 
 OWN = "127.0.0.1"  # where an agent finds its resolver

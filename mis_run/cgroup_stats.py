@@ -10,9 +10,9 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from mis_run.dataclass import dataclass
 from mis_run.events import Event, Guarantee
 
 THROTTLE_EVERY = 10.0  # seconds between two limits.throttled events: it may go on for hours
@@ -20,7 +20,7 @@ PRESSURE_EVERY = 2.0  # seconds between two looks: the kernel averages over ten
 PRESSED = 10.0  # percent of the time in which nothing inside could go on: worth an event
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pressure:
     """Pressure stall information (accounting/psi.rst): percent over 10 s, seconds in total.
 
@@ -33,7 +33,7 @@ class Pressure:
     full_seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Usage:
     """What a run used so far. Seconds, bytes, counts; ``None``: not available here."""
 
@@ -56,7 +56,7 @@ class Usage:
     psi_io: Pressure | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Places:
     """Where the files of one run are: its identity directory in every hierarchy."""
 

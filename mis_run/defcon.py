@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
+from mis_run.dataclass import dataclass
 from mis_run.events import Event, Verdict
 from mis_run.model import Defcon
 
@@ -36,7 +36,7 @@ EFFECTS: Mapping[str, int] = {
 """Effect → level at which it begins, in force below too. A profile may move each (0: never)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Effects:
     """What the present level means for verdicts; every field False is business as usual.
 
@@ -63,7 +63,7 @@ def effects_at(level: int, begins: Mapping[str, int] = EFFECTS) -> Effects:
     return Effects(**{name: level <= first[name] for name in EFFECTS})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stance:
     """How a guard carries out its denials now; asked at every one of them.
 
@@ -78,7 +78,7 @@ class Stance:
 ENFORCING = Stance()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Change:
     """The level changed: to ``level``, at ``time.monotonic()`` seconds ``at``, as ``event`` says.
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from mis_run.dataclass import dataclass, field
 
 SCHEMA = 1
 """Version of the JSON-lines record; raised when a field changes its meaning or goes away."""
@@ -37,7 +38,7 @@ class Verdict(StrEnum):
     KILL = "kill"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """One thing that happened to one agent.
 

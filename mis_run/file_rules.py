@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from enum import IntEnum
+
+from mis_run.dataclass import dataclass, field
 
 WILD = re.compile(r"[*?[]")
 EXACT, FLOATING, ANCHORED = 2, 1, 0
@@ -29,7 +30,7 @@ class Effect(IntEnum):
     KILL = 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rule:
     """One pattern of a profile. ``text`` is what the user wrote, ``explicit`` whether that was
     this path itself (no set, no wildcard), ``sha256`` the content it is bound to."""
@@ -41,7 +42,7 @@ class Rule:
     sha256: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Verdict:
     """The rule that decided, None when no rule names the path (which denies it)."""
 
@@ -63,7 +64,7 @@ class Verdict:
         return self.rule.text if self.rule else "default"
 
 
-@dataclass(slots=True)
+@dataclass
 class Rules:
     """Compiled rules of one right. Immutable after `compile_rules`."""
 

@@ -11,12 +11,12 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
+from mis_run.dataclass import dataclass
 from mis_run.defcon import Change, Tracker
 from mis_run.errors import Emergency, GuardLost, SetupError, TimedOut, VerifyError
 from mis_run.events import Event, Guarantee
@@ -49,7 +49,7 @@ class Guard(Protocol):
         """`verify` with one cheap act, again and again while the agent runs."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ending:
     """How a run ended: words for people and mis-run's exit code; ``own`` when nobody but the agent
     itself brought it about."""

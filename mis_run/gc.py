@@ -11,15 +11,15 @@ import os
 import select
 import signal
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from mis_run import cgroup, cgroup_kill, network, state, trees
+from mis_run.dataclass import dataclass, field
 
 PLANE = Path("/sys/fs/bpf/mis-run")  # lsm_plane.TOP, without importing it
 
 
-@dataclass(slots=True)
+@dataclass
 class Removed:
     """What one collection removed."""
 

@@ -11,12 +11,12 @@ import os
 import pwd
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mis_run import cgroup, network, rootfs, runtime
 from mis_run.build import PACKAGE, ROOT
+from mis_run.dataclass import dataclass
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.guards import counters, escape, file, net, scope
 from mis_run.jsonable import plain
@@ -28,7 +28,7 @@ ACTIVE_LSMS = Path("/sys/kernel/security/lsm")
 CHECKOUT = ("mis-run", "run-tests", "scripts", "bpf", "shim", "pyproject.toml", "hatch_build.py")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Caller:
     """Who asks: the user the agent runs as, and the environment it may inherit from."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from mis_run.dataclass import fields, is_dataclass
 
 
 def plain(value: Any) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
 from mis_run import asked
+from mis_run.dataclass import dataclass, field
 from mis_run.resolve import TTL_CEILING, TTL_FLOOR
 
 GRACE = 60.0  # seconds an address stays allowed after it left the answer, at least

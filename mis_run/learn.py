@@ -103,7 +103,7 @@ def _replacing(output: Path | None) -> Iterator[Callable[[str], None]]:
 
 
 def _with(options: Options, profile: str, log: Path) -> Options:
-    from dataclasses import replace
+    from mis_run.dataclass import replace
 
     return replace(options, profile=profile, log=log)
 

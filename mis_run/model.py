@@ -7,11 +7,11 @@ can do) go through the pure function `plan.make` and come out as a Plan.  Nothin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from mis_run.dataclass import dataclass, field
 from mis_run.events import Guarantee
 
 ALWAYS = -1
@@ -41,7 +41,7 @@ class OnLoss(StrEnum):
     OPEN = "open"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Bind:
     """A host path shown to the agent; ``readonly`` as in ``--bind SRC:DST:ro``."""
 
@@ -185,7 +185,7 @@ class Profile:
 # ---- what the machine can do --------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Finding:
     """One mechanism, tried: whether it works; if not, why and what to do about it."""
 
@@ -218,7 +218,7 @@ class Host:
 # ---- what will be done --------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class User:
     """Who the agent runs as. A uid of -1: known once the image is unpacked."""
 
@@ -243,7 +243,7 @@ class Image:
     workdir: str = "/"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mechanism:
     """How one guarantee will be given, or why it will not (``finding.ok`` false)."""
 

@@ -12,10 +12,10 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mis_run import namespace, nft, rules, shared
+from mis_run.dataclass import dataclass, replace
 from mis_run.errors import SetupError
 from mis_run.later import Later
 from mis_run.linux import programs

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from mis_run import planes, profiles, rules
+from mis_run.dataclass import replace
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.events import Guarantee
 from mis_run.host import Caller

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
 from typing import Any
 
 from mis_run import model, quoting
+from mis_run.dataclass import MISSING, fields
 from mis_run.schema import SECTIONS
 from mis_run.sets import SETS
 

@@ -10,11 +10,11 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mis_run import schema
+from mis_run.dataclass import replace
 from mis_run.errors import ProfileError, UsageError
 from mis_run.model import Profile
 from mis_run.sets import SETS, expand

@@ -14,7 +14,6 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from mis_run import control, gc, liveness, names, report, state, supervise, term
 from mis_run.box import Box
 from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
+from mis_run.dataclass import dataclass
 from mis_run.defcon import Tracker
 from mis_run.errors import SetupError, UsageError
 from mis_run.events import Event
@@ -37,7 +37,7 @@ PATIENCE = 5.0  # seconds the watchdog gets to hand everything over
 MAPS = "map."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Known:
     """What was decided and made before the supervisor was lost. ``watchdog`` and ``pid`` (of the
     container's init) are process ids."""

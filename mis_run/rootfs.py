@@ -14,10 +14,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from mis_run import host_sockets, masks
+from mis_run.dataclass import dataclass
 from mis_run.errors import SetupError, UsageError
 from mis_run.linux import libc
 from mis_run.model import Finding, Host, Plan
@@ -62,7 +62,7 @@ def isolate() -> None:
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Root:
     """The merged root at ``path``; ``emptied`` is what stands there empty in place of the host's
     own: path → whether it is a folder."""

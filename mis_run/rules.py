@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, replace
 
+from mis_run.dataclass import dataclass, replace
 from mis_run.errors import UsageError
 
 TCP, UDP = 1, 2  # bits of Port.protocols, as in bpf/mis.h
@@ -32,7 +32,7 @@ _NAME = re.compile(r"(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)(\.[a-z
 _HINT = "use HOST[:PORT[-PORT]][/tcp|/udp], IPv6 with a port as [ADDR]:PORT"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rule:
     """One parsed rule; exactly one of ``network`` and ``name`` is set. ``*`` is ``::/0``."""
 

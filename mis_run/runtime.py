@@ -13,13 +13,13 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mis_run.box import Box as Box
 from mis_run.box import ended
 from mis_run.bundle import LIFELINE
+from mis_run.dataclass import dataclass
 from mis_run.errors import GuardLost, SetupError
 from mis_run.linux import libc, programs
 from mis_run.linux.spawn import spawn
@@ -37,7 +37,7 @@ HINTS = {
 """What a runtime's words point to, more telling parts first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Chosen:
     """The runtime that will be used, or why there is none."""
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mis_run import model, units
+from mis_run.dataclass import dataclass
 from mis_run.defcon import EFFECTS
 from mis_run.errors import ProfileError, UsageError
 from mis_run.events import Guarantee
@@ -25,7 +25,7 @@ EVENTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Key:
     """One key: how its value is read, what it means."""
 
@@ -285,7 +285,7 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Place:
     """A file and its text, to say in which line a key stands."""
 

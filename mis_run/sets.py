@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
+from mis_run.dataclass import dataclass
 from mis_run.errors import UsageError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Set:
     """Patterns under one name. ``$HOME``, ``$WORKSPACE`` and ``~`` are filled in at plan time."""
 

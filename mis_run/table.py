@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from mis_run.dataclass import dataclass
 from mis_run.errors import UsageError
 from mis_run.rules import CANARIES, IPV4, POOL4, POOL6, TCP, UDP, Place, Rule, covers, key
 
@@ -43,7 +43,7 @@ NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 """Where an IPv6-only network finds IPv4 (RFC 6052): only the denied part of it is denied."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Port:
     """A range of ports and its protocols (bits), with the index of the rule it came from."""
 
@@ -53,7 +53,7 @@ class Port:
     rule: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Entry:
     """What an address under one prefix may do. ``reason`` is the rule index of its denial."""
 

@@ -13,9 +13,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from mis_run.dataclass import dataclass
 from mis_run.errors import SetupError, UsageError, VerifyError
 from mis_run.later import Later
 from mis_run.linux import perf
@@ -41,7 +41,7 @@ SPARE_FDS = 256  # descriptors that stay free for everything else we do
 ONLINE = Path("/sys/devices/system/cpu/online")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Reading:
     """One counter. ``value`` is a count, or nanoseconds where ``unit`` is ``ns``.
 
@@ -116,7 +116,7 @@ def online() -> list[int]:
     return found
 
 
-@dataclass(slots=True)
+@dataclass
 class _Counter:
     """One event on one CPU."""
 

@@ -17,9 +17,9 @@ import select
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
+from mis_run.dataclass import dataclass
 from mis_run.defcon import ENFORCING, Stance
 from mis_run.errors import VerifyError
 from mis_run.events import Event, Guarantee, Verdict
@@ -52,7 +52,7 @@ def supported() -> dict[str, Finding]:
     return {"seccomp-notify": Finding(False, why, fix)}
 
 
-@dataclass(slots=True)
+@dataclass
 class _Waiting:
     """A call whose denial is not given yet. ``id`` changes when a signal restarts the call."""
 

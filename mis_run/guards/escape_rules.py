@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from stat import S_ISGID, S_ISUID
 from typing import Any
 
+from mis_run.dataclass import dataclass, field
 from mis_run.defcon import CALM, Effects
 from mis_run.linux import abi
 
@@ -208,7 +208,7 @@ def _wx_rules() -> list[Rule]:
 # ---- our half -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Judgement:
     """Why a call must fail: with which error, and how the record tells it.
 

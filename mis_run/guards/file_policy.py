@@ -11,11 +11,11 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mis_run import masks, profiles, rootfs
 from mis_run.bundle import INFO, SHIM
+from mis_run.dataclass import dataclass, field, replace
 from mis_run.file_rules import Effect, Rule, Rules, compile_rules, expand, floats
 from mis_run.linux import statx
 from mis_run.model import Plan
@@ -27,7 +27,7 @@ MOST_WALKED = 1_000_000  # files looked at for floating denials; a workspace of 
 Identity = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Outlaw:
     """A denied object. ``birth`` as in `statx.birth`: who deletes it frees its number, and the next
     file to get that is another one."""
@@ -40,7 +40,7 @@ class Outlaw:
         return self.birth is None or statx.birth(fd) in (None, self.birth)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Policy:
     """Everything a verdict needs.
 

@@ -11,10 +11,10 @@ import resource
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 from mis_run.bundle import ROOT_CAPABILITIES
+from mis_run.dataclass import replace
 from mis_run.errors import SetupError
 from mis_run.guards import lsm, lsm_lines, lsm_plane, lsm_policy
 from mis_run.guards.file_policy import Policy

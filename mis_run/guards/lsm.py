@@ -7,7 +7,6 @@ the deadline has passed every act of the agent is denied and kills it (`lsm_plan
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import struct
@@ -15,9 +14,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from mis_run.dataclass import dataclass, field, replace
 from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event
 from mis_run.guards import lsm_abi, lsm_plane
@@ -36,7 +35,7 @@ RING = 256 * 1024
 BATCH = 128  # events per read: a storm must not keep the loop from its other work
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Counts:
     """What the kernel counted; ``count`` is the decaying sum that the level follows from, ``hits``
     the acts that what ``walks`` remembered did allow (in lots of 64 for each task)."""
@@ -135,7 +134,7 @@ class LsmGuard:
         self._void()
         settings.own = wanted
         self.renew()
-        self._policy = dataclasses.replace(self._policy, rules=rules)
+        self._policy = replace(self._policy, rules=rules)
         old.release()
 
     def _void(self) -> None:

@@ -11,11 +11,11 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from mis_run.dataclass import dataclass, field, replace
 from mis_run.errors import SetupError
 from mis_run.guards.lsm_abi import Right, RuleFlag
 from mis_run.linux import mountinfo
@@ -42,7 +42,7 @@ class Place(NamedTuple):
     inode: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Entry:
     """The rule of one inode; ``number`` is the line to name, from 1."""
 
@@ -52,7 +52,7 @@ class Entry:
     flags: RuleFlag = PLAIN
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Compiled:
     """Rules by inode. ``held`` are descriptors that keep those inodes: closed by `release`.
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from mis_run import defcon
 from mis_run.bundle import ROOT_CAPABILITIES
+from mis_run.dataclass import dataclass, field
 from mis_run.guards.lsm_abi import AGENT, AgentFlag, capability_mask
 from mis_run.guards.lsm_policy import Compiled
 from mis_run.model import Defcon
@@ -33,7 +33,7 @@ class LsmPolicy:
     canary: str = ""  # a file whose rule is marked CANARY, as the container's init names it
 
 
-@dataclass(slots=True)
+@dataclass
 class Settings:
     """What changes of an agent while it is guarded."""
 

@@ -13,11 +13,11 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mis_run import rules, table
 from mis_run.build import built
+from mis_run.dataclass import dataclass, fields
 from mis_run.events import Event, Guarantee
 from mis_run.guards import net_events, net_layout, net_trials
 from mis_run.guards.net_layout import CALLS, COUNTER, HOOKS, KEY
@@ -30,7 +30,7 @@ RAISED = "defcon: new destinations are denied"
 BATCH = 128  # events of one turn: about ten milliseconds, then others get theirs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Counts:
     """What the guard counted so far; bytes are of packets at the veth, headers included."""
 

@@ -7,8 +7,7 @@ root and the image does not say otherwise; and no supplementary groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
+from mis_run.dataclass import dataclass, replace
 from mis_run.errors import UsageError
 from mis_run.model import Image, User
 
@@ -16,7 +15,7 @@ MOST_ID = 2**32 - 2
 UNKNOWN = -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Accounts:
     """An image's ``/etc/passwd`` and ``/etc/group``; empty where it has none."""
 

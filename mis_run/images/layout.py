@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from mis_run.dataclass import dataclass
 from mis_run.errors import NotFound, SetupError
 from mis_run.images import blobs, config
 from mis_run.model import Image
@@ -20,7 +20,7 @@ MOST_NESTED = 4  # indexes in indexes
 NAMES = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layer:
     """One layer: ``diff`` is the digest of its tar; of the blob it is in, name, digest and size in
     bytes where those are known."""
@@ -31,7 +31,7 @@ class Layer:
     size: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Found:
     """An image and where its layers are, lowest first."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from mis_run.dataclass import dataclass
 from mis_run.errors import SetupError
 from mis_run.host import Caller
 from mis_run.images import accounts, blobs, cache, layout, words
@@ -15,7 +15,7 @@ from mis_run.images.accounts import Accounts
 from mis_run.model import Image, Options
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source:
     """An image that was found. ``fetch`` opens its blobs; its argument is a folder for files that
     may be needed on the way."""

@@ -18,8 +18,9 @@ import shutil
 import stat
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import BinaryIO
+
+from mis_run.dataclass import dataclass
 
 MOST_BYTES = 32 << 30  # of one layer, as its files say; and of its tar
 MOST_MEMBERS = 2_000_000
@@ -34,7 +35,7 @@ class Refused(Exception):
     """A layer that is not unpacked, and why."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Contents:
     """What a layer had: numbers of entries and bytes, and what was left out."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from mis_run.dataclass import dataclass
 from mis_run.errors import UsageError
 
 HINT = "use NAME[:TAG], oci:FOLDER[:TAG], archive:FILE[:TAG] or a path that begins with / or ./"
@@ -22,7 +22,7 @@ class Kind(Enum):
     ARCHIVE = "archive"  # one file: a tar of such a folder, or what `docker save` writes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Wanted:
     """One reference, read. ``name`` is for an engine, ``path`` and ``tag`` for files."""
 

@@ -11,9 +11,9 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
+from mis_run.dataclass import dataclass
 from mis_run.linux import libc
 
 OPEN_PERM = 0x00010000
@@ -41,7 +41,7 @@ _mark = libc.function(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Opened:
     """One open(2) or execve(2) that waits for a verdict.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+
+from mis_run.dataclass import dataclass
 
 ESCAPED = re.compile(r"\\([0-7]{3})")  # blank, tab, newline and backslash in a path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mount:
     """One line."""
 

@@ -10,7 +10,8 @@ import ctypes
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from mis_run.dataclass import dataclass
 
 TYPE_HARDWARE = 0
 TYPE_SOFTWARE = 1
@@ -30,7 +31,7 @@ _ATTR = struct.Struct("=IIQQQQQ")  # type, size, config, sample_period, sample_t
 _READ = struct.Struct("=QQQ")  # value, time_enabled, time_running
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Event:
     """A counter the kernel knows by number; ``unit`` is ``""`` for plain counts or ``ns``."""
 

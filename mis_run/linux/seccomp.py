@@ -12,9 +12,9 @@ import fcntl
 import os
 import select
 import struct
-from dataclasses import dataclass
 from functools import cache
 
+from mis_run.dataclass import dataclass
 from mis_run.linux import abi
 
 GET_ACTION_AVAIL = 2  # operations of seccomp(2)
@@ -40,7 +40,7 @@ _SEND = _ioctl(3, 1, _RESP.size)
 _ID_VALID = _ioctl(1, 2, _ID.size)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Notification:
     """One call waiting for its answer.
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from mis_run import profiles, state
+from mis_run.dataclass import replace
 from mis_run.errors import GuardLost, MisError, SetupError, UsageError
 from mis_run.linux import memfd
 from mis_run.oci import dangers, edit, guardian, operator, planning, runs, spec

@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mis_run import bundle, host_sockets, masks
+from mis_run.dataclass import dataclass
 from mis_run.model import Limits, NetMode, Plan
 from mis_run.oci import seccomp_merge
 from mis_run.oci.spec import Spec

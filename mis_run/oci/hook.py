@@ -16,10 +16,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mis_run.dataclass import dataclass, replace
 from mis_run.errors import MisError, SetupError, UsageError
 from mis_run.events import Guarantee
 from mis_run.oci import create, guardian, operator, runs, spec

@@ -12,10 +12,10 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mis_run.dataclass import dataclass
 from mis_run.errors import ProfileError, UsageError
 from mis_run.events import Guarantee
 from mis_run.oci.words import FILE

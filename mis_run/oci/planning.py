@@ -7,10 +7,10 @@ rules.  `check` refuses what this machine, or an engine's container, cannot give
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from mis_run import profiles, rules
+from mis_run.dataclass import replace
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.events import Guarantee
 from mis_run.model import (

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mis_run.dataclass import dataclass
 from mis_run.errors import SetupError, UsageError
 
 MOST_BYTES = 16 << 20  # an engine's configuration is about 50 KiB

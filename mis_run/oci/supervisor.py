@@ -12,7 +12,6 @@ import select
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from mis_run import (
     state,
     supervise,
 )
+from mis_run.dataclass import replace
 from mis_run.defcon import Tracker
 from mis_run.errors import GuardLost, MisError
 from mis_run.events import Event

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import conformance
@@ -25,6 +24,7 @@ from engine import Engine, events, traces
 from harness import wait_for
 
 from mis_run.bundle import ROOT_CAPABILITIES
+from mis_run.dataclass import replace
 
 pytestmark = [
     pytest.mark.root,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from mis_run import bundle, masks, rootfs, seccomp
 from mis_run.box import _parse
+from mis_run.dataclass import replace
 from mis_run.linux import abi
 from mis_run.model import Bind, Host, Limits, NetMode, NetPlan, Plan, Profile, User
 from mis_run.runtime import _hint, _words

@@ -13,7 +13,6 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from hypothesis import strategies as st
 from layouts import Layout, sha
 
 from mis_run import cli, masks, plan, profiles
+from mis_run.dataclass import replace
 from mis_run.errors import MisError, NotFound, SetupError, UsageError
 from mis_run.host import Caller
 from mis_run.images import blobs, config, engine, layout, words

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mis_run import profiles
+from mis_run.dataclass import replace
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.events import Guarantee
 from mis_run.model import Bind, Finding, Host, NetMode, Network, OnLoss, Plan, Profile

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mis_run import host, plan, planes, profiles
+from mis_run.dataclass import replace
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.model import Bind, Exec, Files, Finding, Host, Liveness, OnLoss, Options, PlaneChoice
 

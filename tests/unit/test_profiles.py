@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mis_run import profile_text, profiles, schema, sets, units
+from mis_run.dataclass import replace
 from mis_run.errors import ProfileError, UsageError
 from mis_run.model import NetMode
 
@@ -30,7 +30,7 @@ def test_built_in_profiles_load_and_render_back(name: str, tmp_path: Path) -> No
     profile = profiles.load(name)
     again = profiles.load(str(write(tmp_path, profiles.render(profile))))
     same = {key: getattr(profile, key) for key in ("name", "source", "sources")}
-    assert dataclasses.replace(again, **same) == profile
+    assert replace(again, **same) == profile
 
 
 def test_catalogue_names_the_built_in_profiles() -> None:

@@ -11,13 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from acts import OPENING
 
+from mis_run.dataclass import replace
 from mis_run.errors import VerifyError
 from mis_run.events import Verdict
 from mis_run.guards import lsm, lsm_plane

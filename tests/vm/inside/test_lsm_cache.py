@@ -15,13 +15,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from acts import OPENING
 
+from mis_run.dataclass import replace
 from mis_run.guards import lsm, lsm_plane
 
 OK, EPERM = 0, errno.EPERM
