@@ -279,11 +279,11 @@ def doctor(as_json: bool) -> int:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- CMD [ARG]…")
 def learn(output: str | None, **words: Any) -> int:
     """Run CMD denying nothing, and write the smallest profile under which it runs."""
-    from mis_run import cli, learn
+    from mis_run import learn, options
 
     words |= {"profile": "trace", "rootfs": None, "allow_net": (), "tty": None, "log": None}
     words |= {"allow_missing": (), "as_json": False}
-    return learn.run(cli.parse(**words), Path(output).absolute() if output else None)
+    return learn.run(options.parse(**words), Path(output).absolute() if output else None)
 
 
 command.add_command(profile)

@@ -11,20 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mis_run import cli, errors
+from mis_run import cli, errors, words
 from mis_run.errors import MisError, UsageError
 from mis_run.model import Bind
+from mis_run.options import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def options(*words: str) -> object:
+def options(*said: str) -> object:
     """What the command line means, without acting on it."""
-    context = cli.command.make_context("mis-run", list(words))
+    context = cli.command.make_context("mis-run", list(said))
     given = dict(context.params)
     for only_cli in ("dry_run", "quiet"):
         given.pop(only_cli)
-    return cli.parse(**given)
+    return parse(**given)
 
 
 def test_options_come_first() -> None:
@@ -110,6 +111,9 @@ flags = st.sampled_from(
 )
 
 
+CHOICES = ("none", "file", "kernel", "-p", "-b", "-T", "-q", "--no-tty", "--net=none", "--plane=x")
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.one_of(flags, st.text(max_size=10)), max_size=8))
 def test_any_words_are_options_or_a_usage_error(words: list[str]) -> None:
@@ -124,6 +128,29 @@ def test_any_words_are_options_or_a_usage_error(words: list[str]) -> None:
         pass
     except click.ClickException as error:
         assert error.format_message()
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.one_of(flags, st.text(max_size=4), st.sampled_from(CHOICES)), max_size=8))
+def test_words_are_read_as_click_reads_them(said: list[str]) -> None:
+    """Where the quick reading has an answer it is click's; where click complains it has none."""
+    import click
+
+    quick = words.read(said, {})
+    try:
+        slow = cli.command.make_context("mis-run", list(said)).params
+    except (click.ClickException, click.exceptions.Exit):
+        slow = None
+    assert quick is None or quick == slow
+
+
+def test_ordinary_words_need_no_click() -> None:
+    """The reading is quick for what is typed every day, and leaves the rest to click."""
+    for said in ("--net none -p x -- true -p y", "-e A=1 -e B --memory=1G -T -q true", "-- a"):
+        assert words.read(said.split(), {}) == cli.command.make_context("x", said.split()).params
+    for said in ("--help", "-pdefault true", "--prof x true", "--json=1 true", "--name"):
+        assert words.read(said.split(), {}) is None
+    assert words.read(["true"], {"_MIS_RUN_COMPLETE": "bash_complete"}) is None
 
 
 def test_every_error_has_its_documented_code() -> None:

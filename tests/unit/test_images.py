@@ -29,6 +29,7 @@ from mis_run.host import Caller
 from mis_run.images import blobs, config, engine, layout, words
 from mis_run.images.accounts import Accounts, user
 from mis_run.model import Host, Image, Options, User
+from mis_run.options import parse
 
 FEW = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -471,7 +472,7 @@ def test_words_that_contradict() -> None:
         context = cli.command.make_context("mis-run", words_)
         given_ = {k: v for k, v in context.params.items() if k not in ("dry_run", "quiet")}
         with pytest.raises(UsageError, match=match):
-            cli.parse(**given_)
+            parse(**given_)
 
 
 def test_tar_members_of_an_archive_are_bounded(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mis_run import cli, restart
+from mis_run import options, restart
 from mis_run.errors import UsageError
 from mis_run.events import Event
 from mis_run.follow import Ending
@@ -73,14 +73,14 @@ def test_a_second_late_beat_does_not_thaw() -> None:
 
 @pytest.mark.parametrize(("text", "most"), [("no", 0), ("on-failure", ALWAYS), ("on-failure:3", 3)])
 def test_restart_words(text: str, most: int) -> None:
-    assert cli._attempts(text) == most
+    assert options._attempts(text) == most
 
 
 @pytest.mark.parametrize("text", ["always", "on-failure:", "on-failure:0", "on-failure:x", "no:1"])
 def test_wrong_restart_words(text: str) -> None:
     """Told with what is possible."""
     with pytest.raises(UsageError):
-        cli._attempts(text)
+        options._attempts(text)
 
 
 def attempts(most: int, *endings: Ending) -> tuple[Ending, list[float], int]:
