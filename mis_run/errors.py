@@ -7,6 +7,8 @@ and ``bwrap`` do.  Our codes sit where shells and ``docker run`` put theirs (2 f
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class MisError(Exception):
     """A failure with a message for a person and, where one exists, the next command to try."""
@@ -75,3 +77,10 @@ class Emergency(MisError):
     """DEFCON 1: the agent was killed because its violations added up."""
 
     exit_code = 119
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that was probably meant."""
+    import difflib  # late: most words are right
+
+    return next(iter(difflib.get_close_matches(word, [one for one in known if one], 1)), None)

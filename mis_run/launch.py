@@ -10,7 +10,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mis_run import (
@@ -88,9 +89,12 @@ def run(plan: Plan, *, quiet: bool = False) -> Ending:
         return ending
 
 
-def _import_the_rest() -> None:
-    """What is needed only once the container exists, imported while the runtime makes it."""
+def _while_waiting(plan: Plan, root: rootfs.Root) -> file_policy.Policy | None:
+    """What is needed only once the container exists, imported and made while the runtime works."""
     from mis_run import control, defcon, follow, names, requests, terminal  # noqa: F401
+
+    judged = plan.uses("bpf-lsm") or plan.uses("fanotify")
+    return file_policy.build(plan, root) if judged else None
 
 
 def _kernel_plane(plan: Plan, group: cgroup.Cgroup) -> AbstractContextManager[Reserved | None]:
@@ -102,8 +106,11 @@ def _kernel_plane(plan: Plan, group: cgroup.Cgroup) -> AbstractContextManager[Re
     return kernel.reserve(group.unified, group.agent)
 
 
-def _guard_link(guard: net.NetGuard, link: network.Link | None) -> net.NetGuard:
-    """Attach XDP to our end of the agent's link, once that and the programs are there."""
+def _guard_net(
+    guard: net.NetGuard, group: cgroup.Cgroup, link: network.Link | None
+) -> net.NetGuard:
+    """Attach the programs to the agent's cgroup, and XDP to our end of its link."""
+    guard.attach(group.unified)
     if link and link.interface:
         guard.attach_xdp(link.ifindex(), link.address4, link.address6)
     return guard
@@ -135,7 +142,7 @@ def _launch(
         )
         steps.done("watchdog")
         link = on(network.create(plan.network, run_dir.id))
-        guarding = Later(lambda: _guard_link(loading.result(), link))
+        guarding = Later(lambda: _guard_net(loading.result(), group, link))
         steps.done("network")
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
         steps.done("rootfs")
@@ -143,13 +150,14 @@ def _launch(
         stack.callback(dog.farewell)  # called when the container is undone
         streams = None if plan.tty else on(stdio.lent())
         inside = interior.describe(plan, run_dir.path, root, link, group)
+        policy = cache(lambda: _while_waiting(plan, root))
         box = on(
             runtime.create(
                 bundle.config(plan, inside),
                 runtime=plan.runtime(),
                 run_id=run_dir.id,
                 folder=run_dir.path,
-                meanwhile=_import_the_rest,
+                meanwhile=policy,
             )
         )
         from mis_run import control, names, requests, terminal
@@ -163,16 +171,15 @@ def _launch(
         steps.done("container")
         tracker = Tracker(settings.defcon)
         stance = tracker.stance(enforce=enforce)
-        guard = on(net.attach(group.unified, guarding.result()))
+        guard = on(closing(guarding.result()))
         guard.canary_pid = box.pid
         guards: dict[str, Guard] = {"net": guard}
         if box.seccomp_fd is not None:
             guards["escape"] = on(escape.attach(box.seccomp_fd, stance))
         info = (run_dir.path / "info/canary").stat()
-        policy = file_policy.build(plan, root) if plane or plan.uses("fanotify") else None
-        if policy is not None and plan.uses("fanotify"):
+        if (rules := policy()) is not None and plan.uses("fanotify"):
             guards["file"] = files = on(
-                file.attach(box.pid, policy, (info.st_dev, info.st_ino), stance=stance)
+                file.attach(box.pid, rules, (info.st_dev, info.st_ino), stance=stance)
             )
         counted = on(counters.attach(group.unified, settings.counters, later=True))
         joining.result()
@@ -180,8 +187,8 @@ def _launch(
         runtime.started(box)
         if box.seccomp_fd is not None and "escape" not in guards:  # crun: only now
             guards["escape"] = on(escape.attach(box.seccomp_fd, stance))
-        if plane and policy:  # nothing but the shim runs yet
-            guards["kernel"] = kernel = plane.attach(plan, policy, box.pid)
+        if plane and rules:  # nothing but the shim runs yet
+            guards["kernel"] = kernel = plane.attach(plan, rules, box.pid)
         steps.done("shim")
         follower = Follower(
             loop=loop,
@@ -204,7 +211,7 @@ def _launch(
             box.on_loss("open")
             known = resume.Known(
                 plan=plan,
-                policy=policy,
+                policy=rules,
                 canary=(info.st_dev, info.st_ino),
                 pid=box.pid,
                 watchdog=dog.pid,

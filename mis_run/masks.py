@@ -19,27 +19,36 @@ from mis_run import file_rules as rules
 MOST_LINKS = 40  # as the kernel's own limit, path_resolution(7)
 
 
-def resolve(root: str, path: str) -> str:
+Links = dict[str, str | None]
+"""What was found at a path on the host: a link's target, or no link."""
+
+
+def resolve(root: str, path: str, links: Links | None = None) -> str:
     """``path`` with every link followed inside ``root``; what does not exist is kept as written.
 
-    The result starts with ``/`` and is relative to ``root``.  Raises OSError (ELOOP) for a circle.
+    The result starts with ``/`` and is relative to ``root``; what is in ``links`` is not looked at
+    again.  Raises OSError (ELOOP) for a circle.
     """
     left = [part for part in path.split("/") if part and part != "."][::-1]
     at: list[str] = []
-    links, top = 0, root.rstrip("/")
+    known = {} if links is None else links
+    followed, top = 0, root.rstrip("/")
     while left:
         part = left.pop()
         if part == "..":
             at[-1:] = []
             continue
-        try:
-            # No Path: every launch asks this a thousand times.
-            link = os.readlink("/".join([top, *at, part]))  # noqa: PTH115
-        except OSError:  # EINVAL: no link; ENOENT, ENOTDIR: nothing there
+        here = "/".join([top, *at, part])
+        if here not in known:
+            try:
+                known[here] = os.readlink(here)  # noqa: PTH115 - no Path: asked hundreds of times
+            except OSError:  # EINVAL: no link; ENOENT, ENOTDIR: nothing there
+                known[here] = None
+        if (link := known[here]) is None:
             at.append(part)
             continue
-        links += 1
-        if links > MOST_LINKS:
+        followed += 1
+        if followed > MOST_LINKS:
             raise OSError(40, os.strerror(40), path)
         if link.startswith("/"):
             at = []
@@ -59,8 +68,11 @@ def normal(pattern: str) -> str | None:
     return pattern if pattern.startswith("/") and "**" not in pattern else None
 
 
-def find(root: str, pattern: str) -> set[str]:
-    """Everything in ``root`` that a `normal` pattern names, links followed; never ``/`` itself."""
+def find(root: str, pattern: str, links: Links | None = None) -> set[str]:
+    """Everything in ``root`` that a `normal` pattern names, links followed; never ``/`` itself.
+
+    ``links``: as for `resolve`.
+    """
     places = {"/"}
     for part in pattern.strip("/").split("/"):
         found: set[str] = set()
@@ -70,7 +82,7 @@ def find(root: str, pattern: str) -> set[str]:
                 names = fnmatch.filter(_names(f"{root}{place}"), part)
             for name in names:
                 try:
-                    path = resolve(root, f"{place}/{name}")
+                    path = resolve(root, f"{place}/{name}", links)
                     os.lstat(f"{root}{path}")
                 except OSError:
                     continue  # not there: nothing to hide
@@ -89,9 +101,10 @@ def _names(folder: str) -> list[str]:
 def find_all(root: str, patterns: Iterable[str]) -> dict[str, bool]:
     """path → whether it is a folder, without what lies below another found folder."""
     found: dict[str, bool] = {}
+    links: Links = {}
     for text in patterns:
         if pattern := normal(text):
-            for path in find(root, pattern):
+            for path in find(root, pattern, links):
                 found[path] = stat.S_ISDIR(os.lstat(f"{root}{path}").st_mode)
     return {path: folder for path, folder in found.items() if not _below(path, found)}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from mis_run.dataclass import dataclass, replace
 from mis_run.errors import SetupError
 from mis_run.later import Later
 from mis_run.linux import programs
+from mis_run.linux.spawn import run
 from mis_run.model import Finding, NetMode, NetPlan
 from mis_run.state import ID
 
@@ -242,21 +242,14 @@ def _batch(commands: Sequence[str]) -> None:
 
 def _run(argv: list[str], text: str = "", *, check: bool = False) -> None:
     try:
-        done = subprocess.run(
-            argv,
-            input=text,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=programs.environment(),
-        )
+        done = run(argv, text)
     except OSError as error:
         raise SetupError(
             f"cannot run {argv[0]}: {error.strerror}", hint="apt-get install iproute2"
         ) from error
-    if check and done.returncode:
+    if check and done.code:
         raise SetupError(
-            f"{' '.join(argv)}: {done.stderr.strip()[-300:]}\n{text}".rstrip(), hint="mis doctor"
+            f"{' '.join(argv)}: {done.err.strip()[-300:]}\n{text}".rstrip(), hint="mis doctor"
         )
 
 

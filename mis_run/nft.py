@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mis_run.errors import SetupError
-from mis_run.linux import programs
+from mis_run.linux.spawn import run
 from mis_run.rules import POOL4, POOL6
 
 TABLE = "inet mis"
@@ -137,19 +136,11 @@ def _run(text: str, hold: Sequence[int] = ()) -> None:
 
 def _nft(*words: str, text: str = "", hold: Sequence[int] = ()) -> str:
     try:
-        done = subprocess.run(
-            ["nft", *words],
-            input=text,
-            capture_output=True,
-            text=True,
-            check=False,
-            pass_fds=hold,
-            env=programs.environment(),
-        )
+        done = run(["nft", *words], text, hold=hold)
     except OSError as error:
         raise SetupError(
             f"cannot run nft: {error.strerror}", hint="apt-get install nftables"
         ) from error
-    if done.returncode:
-        raise SetupError(f"nft {' '.join(words)}: {done.stderr.strip()[-400:]}", hint="mis doctor")
-    return done.stdout
+    if done.code:
+        raise SetupError(f"nft {' '.join(words)}: {done.err.strip()[-400:]}", hint="mis doctor")
+    return done.out

@@ -15,7 +15,7 @@ from typing import Any
 
 from mis_run import schema
 from mis_run.dataclass import replace
-from mis_run.errors import ProfileError, UsageError
+from mis_run.errors import ProfileError, UsageError, nearest
 from mis_run.model import Profile
 from mis_run.sets import SETS, expand
 
@@ -93,13 +93,11 @@ def _find(name: str, search: Sequence[Path], base: Any) -> Path:
         path = folder / f"{name}.toml"
         if path.is_file():
             return path
-    import difflib
-
     known = sorted({path.stem for folder in search for path in folder.glob("*.toml")})
-    near = difflib.get_close_matches(name, known, 1)
+    near = nearest(name, known)
     raise ProfileError(
         f"no profile {name!r}",
-        hint=f"did you mean {near[0]}?" if near else f"profiles: {', '.join(known)}",
+        hint=f"did you mean {near}?" if near else f"profiles: {', '.join(known)}",
     )
 
 

@@ -74,7 +74,7 @@ def create(
     runtime: Path,
     run_id: str,
     folder: Path,
-    meanwhile: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[Box]:
     """Write the bundle, create the container, and remove every trace of it on the way out.
 
@@ -113,7 +113,7 @@ def create(
 
 
 def _create(
-    argv: list[str], lifeline: socket.socket, folder: Path, meanwhile: Callable[[], None]
+    argv: list[str], lifeline: socket.socket, folder: Path, meanwhile: Callable[[], object]
 ) -> None:
     """`runtime create`, with the lifeline as descriptor 3.
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from mis_run import model, units
 from mis_run.dataclass import dataclass
 from mis_run.defcon import EFFECTS
-from mis_run.errors import ProfileError, UsageError
+from mis_run.errors import ProfileError, UsageError, nearest
 from mis_run.events import Guarantee
 from mis_run.sets import named
 
@@ -61,8 +60,8 @@ def _list(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
 def _choice(names: Sequence[str], make: Callable[[str], Any]) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if _text(value) not in names:
-            near = difflib.get_close_matches(value, names, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}"
+            near = nearest(value, names)
+            hint = f"did you mean {near!r}?" if near else f"use one of {', '.join(names)}"
             raise UsageError(f"{value!r} is not one of the possible values", hint=hint)
         return make(value)
 
@@ -352,8 +351,8 @@ def _check_value(keys: tuple[str, ...], key: Key, value: Any, place: Place) -> N
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, [one for one in known if one], 1)
-    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(filter(None, known))}"
+    near = nearest(name, known)
+    return f"did you mean {near!r}?" if near else f"known here: {', '.join(filter(None, known))}"
 
 
 def build(data: Mapping[str, Any], *, name: str, sources: Sequence[str]) -> model.Profile:

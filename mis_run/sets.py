@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 
 from mis_run.dataclass import dataclass
-from mis_run.errors import UsageError
+from mis_run.errors import UsageError, nearest
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ def named(reference: str) -> Set:
     """The set behind ``@name``. Raises UsageError with the nearest name."""
     name = reference.removeprefix("@")
     if name not in SETS:
-        near = difflib.get_close_matches(name, SETS, 1)
-        hint = f"did you mean @{near[0]}?" if near else f"sets: {', '.join(sorted(SETS))}"
+        near = nearest(name, SETS)
+        hint = f"did you mean @{near}?" if near else f"sets: {', '.join(sorted(SETS))}"
         raise UsageError(f"unknown set {reference!r}", hint=hint)
     return SETS[name]
 

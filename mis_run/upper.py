@@ -6,7 +6,7 @@ What it holds replaces what lies below: emptied folders and files, the agent's o
 from __future__ import annotations
 
 import os
-import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Layers:
     def __init__(self, lower: Path, folder: Path, points: Sequence[str]) -> None:
         self.lower = "" if lower == Path("/") else os.fspath(lower)
         self.folder = folder
+        self._links: masks.Links = {}  # of the layers below, which we do not change
         self.uppers: dict[str, Path] = {}
         for point in ("", *sorted(points)):
             self._add(point)
@@ -60,7 +61,7 @@ class Layers:
 
     def folder_at(self, path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
         """An empty folder in place of what is at ``path``, whatever that is."""
-        path = masks.resolve(self.lower, path)
+        path = masks.resolve(self.lower, path, self._links)
         # A separate file system there or below is covered by simply not being mounted.
         for point in [p for p in self.uppers if p and masks.within(p, path)]:
             del self.uppers[point]
@@ -73,13 +74,13 @@ class Layers:
 
     def folder_unless(self, path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
         """An empty folder at ``path`` if nothing is there."""
-        if not os.path.lexists(f"{self.lower}{masks.resolve(self.lower, path)}"):
+        if not os.path.lexists(f"{self.lower}{masks.resolve(self.lower, path, self._links)}"):
             self.folder_at(path, mode, uid, gid)
 
     def file_at(self, path: str, text: str = "") -> None:
         """A file with this text in place of what is at ``path``; a link there is replaced."""
         folder, _, name = path.rpartition("/")
-        path = f"{masks.resolve(self.lower, folder).rstrip('/')}/{name}"
+        path = f"{masks.resolve(self.lower, folder, self._links).rstrip('/')}/{name}"
         self.uppers.pop(path, None)
         here = Path(self._place(path))
         here.write_text(text)
@@ -117,7 +118,13 @@ def _like(source: Path, target: Path) -> None:
     """Give ``target`` the owner, mode, times and attributes of ``source``."""
     facts = source.stat()
     os.chown(target, facts.st_uid, facts.st_gid)
-    shutil.copystat(source, target)
+    if os.listxattr(source):
+        import shutil  # late: a folder rarely has an access list, and it imports every compression
+
+        shutil.copystat(source, target)
+        return
+    os.utime(target, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    target.chmod(stat.S_IMODE(facts.st_mode))
 
 
 def has_home(user: User) -> bool:

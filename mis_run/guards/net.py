@@ -12,7 +12,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from mis_run import rules, table
@@ -160,11 +160,17 @@ class NetGuard:
 
     # ---- attaching ------------------------------------------------------------------------
 
-    def attach(self, cgroup_fd: int) -> None:
-        """Attach the cgroup programs, beside whatever others have attached there."""
+    def attach(self, cgroup: Path) -> None:
+        """Attach the cgroup programs to ``cgroup`` (a v2 directory) and everything below, beside
+        whatever others have attached there.  The attachment ends with the cgroup.
+        """
         assert self._object is not None
-        for kind, name in PROGRAMS.items():
-            libbpf.attach_cgroup(cgroup_fd, self._object.program(name), kind)
+        fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for kind, name in PROGRAMS.items():
+                libbpf.attach_cgroup(fd, self._object.program(name), kind)
+        finally:
+            os.close(fd)
 
     def attach_xdp(self, ifindex: int, address4: str, address6: str | None) -> None:
         """Judge every frame that arrives on our end of the agent's veth.
@@ -209,15 +215,10 @@ class NetGuard:
     def _event(self, sample: bytes) -> Event | None:
         return net_events.read(sample, self._texts, self.canary_pid)
 
-    def hook_counts(self) -> dict[str, dict[str, int]]:
-        """Each hook's counters, summed over CPUs."""
-        size = COUNTER.size * self._cpus
-        return {
-            hook: net_layout.counters(
-                self._maps["counters"].lookup(struct.pack("=I", index), size) or bytes(COUNTER.size)
-            )
-            for index, hook in enumerate(HOOKS)
-        }
+    def hook_count(self, hook: str) -> dict[str, int]:
+        """One hook's counters, summed over CPUs."""
+        size, key = COUNTER.size * self._cpus, struct.pack("=I", (*HOOKS,).index(hook))
+        return net_layout.counters(self._maps["counters"].lookup(key, size) or bytes(COUNTER.size))
 
     def counts(self) -> Counts:
         """The agent's totals: what was tried to verify the guard is not the agent's."""
@@ -227,7 +228,7 @@ class NetGuard:
 
     def _totals(self) -> tuple[int, ...]:
         """The fields of Counts since the guard was loaded. A socket made is no connection yet."""
-        hooks = self.hook_counts()
+        hooks = {hook: self.hook_count(hook) for hook in HOOKS}
         calls = [hooks.pop(name) for name in CALLS]
         packets = list(hooks.values())
         return (
@@ -247,19 +248,19 @@ class NetGuard:
 
         Raises VerifyError.
         """
-        net_trials.calls(probe, self.hook_counts)
-        net_trials.sockets(probe, self.hook_counts, enforce=self._enforce)
-        net_trials.packets(probe, self.hook_counts, self._canaries_pass)
+        net_trials.calls(probe, self.hook_count)
+        net_trials.sockets(probe, self.hook_count, enforce=self._enforce)
+        net_trials.packets(probe, self.hook_count, self._canaries_pass)
         self._forget_trials()
 
     def beat(self, probe: net_trials.Probe) -> None:
         """One forbidden connection of the container's init, as heartbeat. Raises VerifyError."""
-        denied = self._base[1] + net_trials.beat(probe, self.hook_counts, enforce=self._enforce)
+        denied = self._base[1] + net_trials.beat(probe, self.hook_count, enforce=self._enforce)
         self._base = (self._base[0], denied, *self._base[2:])  # it was ours, not the agent's
 
     def verify_xdp(self, netns: int) -> None:
         """Frames sent in the agent's namespace: dropped *and* counted. Raises VerifyError."""
-        net_trials.frames(netns, self._sources, self.hook_counts)
+        net_trials.frames(netns, self._sources, self.hook_count)
         self._forget_trials()
 
     @contextmanager
@@ -288,18 +289,10 @@ class NetGuard:
 
 @contextmanager
 def attach(cgroup: Path, guard: NetGuard) -> Iterator[NetGuard]:
-    """Attach a loaded guard to ``cgroup`` (a v2 directory) and everything below.
-
-    The attachment ends with the cgroup, or here.  XDP comes later, when there is an interface:
-    `NetGuard.attach_xdp`.
-    """
-    fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        guard.attach(fd)
+    """Attach a loaded guard, and close it on the way out: `NetGuard.attach`."""
+    with closing(guard):
+        guard.attach(cgroup)
         yield guard
-    finally:
-        os.close(fd)
-        guard.close()
 
 
 def load(plan: NetPlan, *, enforce: bool) -> NetGuard:
@@ -321,8 +314,7 @@ def adopt(
     The programs stay attached as they are; ``sources`` are the agent's addresses, ``closed`` is as
     for `NetGuard.close_new`.
     """
-    guard = NetGuard(plan, enforce=enforce, maps=maps, sources=sources, closed=closed)
-    try:
+    with closing(
+        NetGuard(plan, enforce=enforce, maps=maps, sources=sources, closed=closed)
+    ) as guard:
         yield guard
-    finally:
-        guard.close()

@@ -18,8 +18,8 @@ from mis_run.guards import net_frames
 
 PATIENCE = 0.5  # seconds until a packet is counted: under load ksoftirqd takes it later
 Probe = Callable[[str], int]
-Counters = Callable[[], Mapping[str, Mapping[str, int]]]
-"""Each hook's counters as of now."""
+Counters = Callable[[str], Mapping[str, int]]
+"""A hook's counters as of now."""
 
 STREAM, DGRAM = int(socket.SOCK_STREAM), int(socket.SOCK_DGRAM)
 CALLS = {
@@ -35,14 +35,14 @@ CALLS = {
 def calls(probe: Probe, counters: Counters) -> None:
     """One forbidden address per system call and family. Raises VerifyError."""
     for hook, act in CALLS.items():
-        before = counters()[hook]["denied"]
+        before = counters(hook)["denied"]
         error = probe(act)
         if error == errno.EAFNOSUPPORT and hook.endswith("6"):
             continue  # a kernel without IPv6 has no IPv6 to guard
         if error != errno.EPERM:
             met = os.strerror(error) if error else "it succeeded"
             raise VerifyError(f"network guard {hook}: the forbidden act was not refused: {met}")
-        if counters()[hook]["denied"] == before:
+        if counters(hook)["denied"] == before:
             raise VerifyError(f"network guard {hook}: the refusal was not counted")
 
 
@@ -51,13 +51,13 @@ def beat(probe: Probe, counters: Counters, *, enforce: bool) -> int:
 
     0 when the init met something else, as without memory. Raises VerifyError.
     """
-    before = counters()["connect4"]
+    before = counters("connect4")
     error = probe(CALLS["connect4"])
     if error == 0 and enforce:
         raise VerifyError("network guard connect4: a forbidden connection was not refused")
     if error not in (0, errno.EPERM):
         return 0
-    after = counters()["connect4"]
+    after = counters("connect4")
     if after["denied"] + after["audited"] == before["denied"] + before["audited"]:
         raise VerifyError("network guard connect4: the refusal was not counted")
     return 1
@@ -65,10 +65,10 @@ def beat(probe: Probe, counters: Counters, *, enforce: bool) -> int:
 
 def sockets(probe: Probe, counters: Counters, *, enforce: bool) -> None:
     """A socket that is neither TCP nor UDP. Raises VerifyError."""
-    before = counters()["sock_create"]
+    before = counters("sock_create")
     # UDP-Lite (136) and MPTCP (262): whichever this kernel has reaches the hook.
     tried = [probe(f"socket 2 {kind} {protocol}") for kind, protocol in ((2, 136), (1, 262))]
-    after = counters()["sock_create"]
+    after = counters("sock_create")
     refused = after["denied"] + after["audited"] - before["denied"] - before["audited"]
     if 0 in tried and enforce:
         raise VerifyError("network guard sock_create: a forbidden socket was made")
@@ -84,29 +84,27 @@ def packets(
     ``passing`` lets them pass the system calls' hooks meanwhile.
     """
     with passing():
-        before = counters()
+        before = {hook: counters(hook) for hook in ("egress", "ingress")}
         if probe(f"send 2 {DGRAM} {rules.CANARY_OUT} 9") != errno.EPERM:
             raise VerifyError("network guard egress: a forbidden packet was not refused")
-        _await_denials(("egress",), before, counters)
+        _await_denials({"egress": before["egress"]}, counters)
         # Nobody listens there: what comes in is the refusal of the connection.
         probe(f"connect 2 {STREAM} {rules.CANARY_IN} 9")
-        _await_denials(("ingress",), before, counters)
+        _await_denials({"ingress": before["ingress"]}, counters)
 
 
 def frames(netns: int, sources: tuple[str, str], counters: Counters) -> None:
     """Frames sent in the agent's namespace, around every socket hook. Raises VerifyError."""
-    before = counters()
+    before = {hook: counters(hook) for hook in ("packet4", "packet6")}
     net_frames.inject(netns, net_frames.canaries(sources))
-    _await_denials(("packet4", "packet6"), before, counters)
+    _await_denials(before, counters)
 
 
-def _await_denials(
-    hooks: tuple[str, ...], before: Mapping[str, Mapping[str, int]], counters: Counters
-) -> None:
+def _await_denials(before: Mapping[str, Mapping[str, int]], counters: Counters) -> None:
+    """Until each of these hooks has denied more than before. Raises VerifyError."""
     end = time.monotonic() + PATIENCE
     while True:
-        now = counters()
-        missed = [hook for hook in hooks if now[hook]["denied"] <= before[hook]["denied"]]
+        missed = [hook for hook in before if counters(hook)["denied"] <= before[hook]["denied"]]
         if not missed:
             return
         if time.monotonic() > end:

@@ -6,7 +6,6 @@ chooses among what the file allows, and never loosens it.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_run.dataclass import dataclass
-from mis_run.errors import ProfileError, UsageError
+from mis_run.errors import ProfileError, UsageError, nearest
 from mis_run.events import Guarantee
 from mis_run.oci.words import FILE
 
@@ -87,8 +86,8 @@ def build(data: Mapping[str, Any]) -> Operator:
     ]
     for key in data:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"keys: {', '.join(known)}"
+            near = nearest(key, known)
+            hint = f"did you mean {near}?" if near else f"keys: {', '.join(known)}"
             raise UsageError(f"unknown key {key!r}", hint=hint)
     environment = data.get("from_environment", False)
     if not isinstance(environment, bool):
@@ -139,8 +138,8 @@ def _list(data: Mapping[str, Any], key: str) -> list[Any]:
 def _choice(value: Any, names: list[str], key: str) -> str:
     if value in names:
         return str(value)
-    near = difflib.get_close_matches(str(value), names, 1)
-    hint = f"did you mean {near[0]}?" if near else f"use {', '.join(names)}"
+    near = nearest(str(value), names)
+    hint = f"did you mean {near}?" if near else f"use {', '.join(names)}"
     raise UsageError(f"{key}: {value!r} is not known", hint=hint)
 
 
