@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from mis_run.linux.spawn import run
 from mis_run.model import Finding, NetMode, NetPlan
 from mis_run.state import ID
 
+GOES_WITHIN = 0.015  # seconds that a namespace gets to end by itself, with its interfaces
 MAC_HOST, MAC_AGENT = "02:6d:69:73:00:01", "02:6d:69:73:00:02"
 
 
@@ -33,7 +35,7 @@ class Link:
     interface: str = ""  # our end of the veth pair
     address4: str = ""
     address6: str | None = None
-    connected: Later[int] | None = None  # being connected in the background
+    connected: Later[int] | None = None  # our end's index, being connected in the background
     leave: Callable[[], None] = lambda: None
     """Begin to disconnect, in the background: the kernel takes its time, and other things can be
     undone meanwhile. For when the agent has ended."""
@@ -41,6 +43,11 @@ class Link:
     def ifindex(self) -> int:
         """The index of our end, once the namespace is connected. Raises SetupError."""
         return self.connected.result() if self.connected else 0
+
+    def wait(self) -> None:
+        """Until it is connected, or that has failed."""
+        if self.connected:
+            self.connected.wait()
 
     @property
     def path(self) -> str:
@@ -126,22 +133,21 @@ def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
     index = shared.claim(run_id)
     try:
         netns = namespace.make()
+        link = _connect(plan, run_id, index, netns)
+        leaving: list[Later[None]] = []
+
+        def leave() -> None:
+            if not leaving:
+                leaving.append(Later(lambda: _unshare(link, run_id, local=bool(_services(plan)))))
+
         try:
-            link = _connect(plan, run_id, index, netns)
-            leaving: list[Later[None]] = []
-
-            def leave() -> None:
-                if not leaving:
-                    local = bool(_services(plan))
-                    leaving.append(Later(lambda: _disconnect(link, run_id, local=local)))
-
-            try:
-                yield replace(link, leave=leave)
-            finally:
-                leave()
-                leaving[0].result()
+            yield replace(link, leave=leave)
         finally:
+            leave()
+            link.wait()
             os.close(netns)
+            _see_gone(link.interface)
+            leaving[0].result()
     finally:
         shared.release({run_id})
 
@@ -193,21 +199,40 @@ def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
     return Link(netns, interface, address4, link_address6, Later(connect))
 
 
-def _disconnect(link: Link, run_id: str, *, local: bool) -> None:
-    """Remove our end; the namespace may live on in dying processes, its interface must not.
+def _unshare(link: Link, run_id: str, *, local: bool) -> None:
+    """Take back what the agent has of the shared table; all of that, if we are the last.
 
-    The address index stays taken until that is done.  The kernel needs tens of milliseconds for an
-    interface, and as many for the shared table if we are the last: both at once.
+    The kernel needs 20 ms for either.  The address index stays taken meanwhile.
     """
-    assert link.connected is not None
-    link.connected.wait()
-    removing = Later(lambda: _run(["ip", "link", "del", link.interface]))
+    link.wait()
     with shared.locked() as lock:
         if set(shared.indices().values()) == {run_id}:
             shared.unshare(lock)
         elif local:
             nft.forget_local(link.interface, [lock])
-    removing.result()
+
+
+def _see_gone(interface: str) -> None:
+    """Our end goes with the namespace, whose last descriptor was just closed, in a few ms; being
+    asked to delete it the kernel lets one wait for an RCU barrier, 25 ms.
+
+    Where something keeps the namespace (a connection whose last bytes are still unsent) it is
+    asked.  Returns when the interface is gone.
+    """
+    end = time.monotonic() + GOES_WITHIN
+    while _there(interface):
+        if time.monotonic() > end:
+            _run(["ip", "link", "del", interface])
+            return
+        time.sleep(0.0005)
+
+
+def _there(interface: str) -> bool:
+    try:
+        socket.if_nametoindex(interface)
+    except OSError:
+        return False
+    return True
 
 
 def _settle(commands: Sequence[str], *, ipv6: bool) -> None:
