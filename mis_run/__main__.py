@@ -9,11 +9,15 @@ from typing import NoReturn
 
 def mis_run() -> NoReturn:
     """``mis-run [options] -- CMD…``."""
+    from mis_run import startup
+
+    startup.begin()
     from mis_run import command, words
 
     said = words.read(sys.argv[1:], os.environ)
     if said is not None:
         command.leave(lambda: command.run(said))
+    startup.reach_installed()
     from mis_run import cli
 
     cli.run_command(cli.command, "mis-run")

@@ -19,13 +19,14 @@ def run(words: dict[str, Any]) -> int:
     options = parse(**words)
 
     # Imported late: a wrong word should not pay for the engine.
-    from mis_run import host, plan, profiles
+    from mis_run import host, plan, profiles, startup
 
     profile = profiles.load(options.profile)
     image = None
     if options.image is None:
         caller = host.caller(options.user, os.environ)
     else:
+        startup.reach_installed()
         from mis_run.images import sources
 
         image, caller = sources.prepare(options, host.caller(None, os.environ), unpack=not dry_run)

@@ -26,6 +26,7 @@ from mis_run import (
     report,
     rootfs,
     runtime,
+    startup,
     state,
     stdio,
     supervise,
@@ -91,8 +92,10 @@ def run(plan: Plan, *, quiet: bool = False) -> Ending:
 
 def _while_waiting(plan: Plan, root: rootfs.Root) -> file_policy.Policy | None:
     """What is needed only once the container exists, imported and made while the runtime works."""
+    startup.reach_installed()  # for names
     from mis_run import control, defcon, follow, names, requests, terminal  # noqa: F401
 
+    startup.settled()
     judged = plan.uses("bpf-lsm") or plan.uses("fanotify")
     return file_policy.build(plan, root) if judged else None
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mis_run import state
+from mis_run import startup, state
 from mis_run.errors import MisError, SetupError
 from mis_run.linux import programs
 from mis_run.oci.order import CANARY, INFO, RESOLV_CONF, SOCKET, Order, Place
@@ -142,7 +142,10 @@ def _claim_and_guard(order: Order, caller: _Caller) -> None:
         (info / CANARY).touch()
         (info / CANARY).chmod(0o555)
         caller.say(run=str(run_dir.path))
+        startup.reach_installed()
         from mis_run.oci.supervisor import supervise_container  # late: runc works meanwhile
+
+        startup.settled()
 
         supervise_container(order, run_dir, Place(listener, resolv_conf, info), caller)
 

@@ -51,10 +51,9 @@ def dispatch(argv: Sequence[str]) -> int:
     runtime = str(decided.runtime or find_runtime())
     if call.command not in ("create", "run") or {"help", "h"} & {*call.options}:
         return _become(runtime, call, call.arguments)
-    if sys.flags.no_site:  # as our starter has it: the supervisor needs installed packages
-        import site
+    from mis_run import startup
 
-        site.main()
+    startup.begin()
     from mis_run.oci import create
 
     act = create.run if call.command == "run" else create.create
