@@ -141,6 +141,9 @@ class Box:
             socket.send_fds(self.lifeline, [text.encode()], list(fds))
         except OSError as error:
             raise SetupError(f"the container's init is gone: {error.strerror}") from error
+        return self._answer(expected, text, failed=failed)
+
+    def _answer(self, expected: str, asked: str, *, failed: str = "") -> int:
         while True:
             self._pump()
             while self._answers:
@@ -150,7 +153,7 @@ class Box:
                 if word == failed:
                     return -value
             if self._closed:
-                raise SetupError(f"the container's init ended during: {text}")
+                raise SetupError(f"the container's init ended during: {asked}")
             if self.turn is not None:
                 self.turn()
             else:

@@ -7,7 +7,6 @@ Sources live beside the package in a checkout; a wheel carries the results inste
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -47,6 +46,8 @@ def main() -> int:
         for source in sorted((ROOT / "shim").glob("*.c"))
     ]
     headers = max((h.stat().st_mtime for h in ROOT.glob("bpf/*.h")), default=0.0)
+    import subprocess  # late: a launch only asks where things are
+
     for command, source, target in jobs:
         if target.exists() and target.stat().st_mtime > max(headers, source.stat().st_mtime):
             continue

@@ -7,7 +7,9 @@ and ``bwrap`` do.  Our codes sit where shells and ``docker run`` put theirs (2 f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+TYPE_CHECKING = False  # as typing's: a container runtime imports this on every call
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class MisError(Exception):

@@ -9,22 +9,28 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
-@contextmanager
-def exclusive(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> Iterator[int]:
+class Exclusive:
     """Hold the lock of the file or folder at ``path``, opened with ``flags``; its descriptor.
 
     A process that inherits the descriptor holds the lock too, until it ends.
     """
-    fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield fd
-    finally:
-        os.close(fd)
+
+    def __init__(self, path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> None:
+        self._path, self._flags = path, flags
+
+    def __enter__(self) -> int:
+        self._fd = os.open(self._path, self._flags | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
 
 
 def held(folder: str) -> bool:

@@ -34,7 +34,7 @@ def locked() -> AbstractContextManager[int]:
     the lock was released, and after `gc`.
     """
     NET.mkdir(parents=True, exist_ok=True)
-    return locks.exclusive(NET / "lock", os.O_CREAT | os.O_RDWR)
+    return locks.Exclusive(NET / "lock", os.O_CREAT | os.O_RDWR)
 
 
 # ---- addresses ----------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def _claim() -> tuple[Path, int]:
 
 def exclusive() -> AbstractContextManager[int]:
     """Hold the one lock of the state directory (short: claims and gc only)."""
-    return locks.exclusive(STATE, os.O_RDONLY | os.O_DIRECTORY)
+    return locks.Exclusive(STATE, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def run_dirs() -> list[Path]:

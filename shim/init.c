@@ -3,6 +3,7 @@
  * mis-init: pid 1 of an agent's container.
  *
  *   mis-init LIFELINE_FD -- CMD [ARG]...
+ *   mis-init LIFELINE_FD CGROUP_FD INIT_PIDFD -- CMD [ARG]...
  *
  * It waits for requests of the supervisor on the lifeline, a SOCK_SEQPACKET socket: first the acts
  * that must be refused (so that each guard is seen to work from inside the agent's own cgroup,
@@ -13,6 +14,11 @@
  * The agent runs with the same credentials.  What protects this process from it: not dumpable (no
  * ptrace, no /proc/1/mem: ptrace(2), PR_SET_DUMPABLE(2const)), and the kernel drops every signal to
  * pid 1 from inside its namespace that it has not asked for, SIGKILL and SIGSTOP included.
+ *
+ * The second form is the canary beside the init of an engine's container: among that one's mounts
+ * and, from its first moment, in its cgroup.  Moving a process there later would wait for an RCU
+ * grace period (cgroup_attach_lock), 25 ms.  It is a child of our caller and says "canary PID"; we
+ * end at once, with 1 where the kernel cannot do that (Linux before 5.7).
  *
  * Requests (one datagram each, fields separated by one space) and answers:
  *   probe ACT ARGS...   probed ERRNO        0: the act succeeded
@@ -32,7 +38,9 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/sched.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -398,6 +406,25 @@ static void received(int number)
 			kill(-agent, number);
 }
 
+/* Go on as our caller's child in that cgroup, among the mounts of that process; see above. */
+static void be_canary(int cgroup, int init)
+{
+	struct clone_args how = { .flags = CLONE_INTO_CGROUP | CLONE_PARENT, .cgroup = cgroup };
+	long pid;
+
+	if (setns(init, CLONE_NEWNS))
+		_exit(1);
+	pid = syscall(SYS_clone3, &how, sizeof(how));
+	if (pid < 0)
+		_exit(1);
+	if (pid > 0) {
+		answer("canary", pid, "");
+		_exit(0);
+	}
+	close(cgroup);
+	close(init);
+}
+
 int main(int argc, char **argv)
 {
 	struct signalfd_siginfo info;
@@ -405,9 +432,15 @@ int main(int argc, char **argv)
 	sigset_t all;
 
 	/* First of all: the agent must never be able to look into us. */
-	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) || argc < 4 || strcmp(argv[2], "--"))
+	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) || argc < 4)
 		return 125;
 	lifeline = atoi(argv[1]);
+	if (argc > 5 && !strcmp(argv[4], "--")) {
+		be_canary(atoi(argv[2]), atoi(argv[3]));
+		argv += 2;
+	}
+	if (strcmp(argv[2], "--"))
+		return 125;
 	command = argv + 3;
 	if (fcntl(lifeline, F_SETFD, FD_CLOEXEC))
 		return 125;

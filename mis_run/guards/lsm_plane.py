@@ -145,7 +145,7 @@ class Plane:
 def locked() -> AbstractContextManager[int]:
     """One process at a time changes the plane, machine-wide."""
     TOP.mkdir(mode=0o700, exist_ok=True)
-    return locks.exclusive(TOP, os.O_RDONLY | os.O_DIRECTORY)
+    return locks.Exclusive(TOP, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def ensure() -> Plane:

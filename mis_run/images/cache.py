@@ -117,7 +117,7 @@ def filling() -> Iterator[Path]:
     """Hold the lock for making or removing; an empty folder to do it in."""
     prepare()
     partial = place() / "partial"
-    with locks.exclusive(place() / "fill.lock", os.O_CREAT | os.O_RDWR):
+    with locks.Exclusive(place() / "fill.lock", os.O_CREAT | os.O_RDWR):
         _empty(partial)
         try:
             yield partial

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from mis_run import cgroup_kill
@@ -15,10 +14,10 @@ from mis_run.box import Box
 from mis_run.build import built
 from mis_run.cgroup import Cgroup
 from mis_run.errors import SetupError, VerifyError
-from mis_run.linux import libc
+from mis_run.linux.spawn import spawn
 from mis_run.model import Host
 
-LIFELINE = 3  # the canary's descriptor, see shim/init.c
+LIFELINE, CGROUP, INIT = 3, 4, 5  # the canary's descriptors, see shim/init.c
 FILTERED = "2"  # SECCOMP_MODE_FILTER in proc_pid_status(5)
 
 
@@ -102,24 +101,15 @@ class EngineBox(Box):
         """Nothing: only its end is seen, by its pidfd."""
         return []
 
+    def canary(self) -> int:
+        """The pid of the canary, which has just been started. Raises SetupError."""
+        return self._answer("canary", "its start")
+
     def close(self) -> None:
         """Give back every descriptor."""
         super().close()
         self._ours.close()
         self.theirs.close()
-
-
-def _be_canary(box: EngineBox, program: int, nothing: int) -> None:
-    """In a child of ours: enter the container's mounts and become the canary."""
-    try:
-        libc.setns(box.pidfd, libc.CLONE_NEWNS)
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in (program, nothing)]
-        os.dup2(box.theirs.fileno(), LIFELINE)
-        for number in range(3):
-            os.dup2(high[1], number)
-        os.execve(high[0], ["mis-init", str(LIFELINE), "--", "true"], {})
-    finally:
-        os._exit(127)
 
 
 @contextmanager
@@ -140,19 +130,21 @@ def canary(box: EngineBox, group: Cgroup) -> Iterator[int]:
     It is `mis-init`, as in a container of our own, but in our other namespaces and without the
     container's filter.
     """
-    program = os.open(built("mis-init"), os.O_RDONLY | os.O_CLOEXEC)
-    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        _be_canary(box, program, nothing)
-    os.close(program)
-    os.close(nothing)
-    box.theirs.close()
-    try:
-        cgroup_kill.write(group.unified / "cgroup.procs", str(pid))
+    with ExitStack() as stack:
+        fd = os.open(group.unified, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        nothing = stack.enter_context(open(os.devnull, "r+b")).fileno()
+        fds = dict.fromkeys(range(3), nothing)
+        fds |= {LIFELINE: box.theirs.fileno(), CGROUP: fd, INIT: box.pidfd}
+        numbers = map(str, (LIFELINE, CGROUP, INIT))
+        starter = spawn([str(built("mis-init")), *numbers, "--", "true"], fds)
+        box.theirs.close()
+        if os.waitpid(starter, 0)[1]:
+            raise SetupError(
+                f"no process can be made in {group.unified}, or among the mounts of pid {box.pid}",
+                hint="mis-run needs Linux 5.7 or later for an engine's containers",
+            )
+        pid = box.canary()
+        stack.callback(os.waitpid, pid, 0)
+        stack.callback(os.kill, pid, signal.SIGKILL)
         yield pid
-    except OSError as error:
-        raise SetupError(f"the canary cannot enter {group.unified}: {error.strerror}") from error
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)

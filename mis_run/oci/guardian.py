@@ -13,7 +13,6 @@ import select
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -117,6 +116,8 @@ def _be_supervisor(order: Order, channel: socket.socket) -> None:
         caller.say(error=error.message, hint=error.hint, code=error.exit_code)
         code = error.exit_code
     except BaseException as error:  # noqa: BLE001 - said to the caller, logged, and our end
+        import traceback
+
         traceback.print_exc()
         caller.say(error=f"the supervisor failed: {error}", hint=f"see {LOG}", code=code)
     finally:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +69,8 @@ def load(path: str) -> Operator:
         raise ProfileError(f"{path}: {error.strerror}") from None
     if len(raw) > MOST_BYTES:
         raise ProfileError(f"{path}: larger than {MOST_BYTES} bytes")
+    import tomllib  # late: most machines have no such file, and every call asks
+
     try:
         return build(tomllib.loads(raw.decode()))
     except (ValueError, RecursionError) as error:
