@@ -138,15 +138,27 @@ static __always_inline int same(const __u8 *one, const __u8 *other)
 	return a[0] == b[0] && a[1] == b[1];
 }
 
+/* Keep a value out of the compiler's sight, so that it makes no branch of it. */
+#define opaque(value) asm volatile("" : "+r"(value))
+
+/* 1 for 0, 0 for any other 32-bit value, without a branch. */
+static __always_inline __u64 zero(__u64 value)
+{
+	opaque(value);
+	return (value - 1) >> 63;
+}
+
+/* Without a branch, as `allowed_by`: every packet and call is judged behind this. */
 static __always_inline int is_canary(const __u8 *address)
 {
 	const __u32 *word = (const __u32 *)address;
+	__u64 mapped = zero(word[0] | word[1] | (word[2] ^ bpf_htonl(0xffff)));
+	__u64 four = zero(word[3] ^ bpf_htonl(CANARY4)) | zero(word[3] ^ bpf_htonl(CANARY_OUT)) |
+		     zero(word[3] ^ bpf_htonl(CANARY_IN));
+	__u64 six = zero((word[0] ^ bpf_htonl(0x01000000)) | word[1] | word[2] |
+			 (word[3] ^ bpf_htonl(1))); /* 100::1 */
 
-	if (word[0] == 0 && word[1] == 0 && word[2] == bpf_htonl(0xffff))
-		return word[3] == bpf_htonl(CANARY4) || word[3] == bpf_htonl(CANARY_OUT) ||
-		       word[3] == bpf_htonl(CANARY_IN);
-	return word[0] == bpf_htonl(0x01000000) && word[1] == 0 && word[2] == 0 &&
-	       word[3] == bpf_htonl(1); /* 100::1 */
+	return (mapped & four) | six;
 }
 
 static __always_inline void tell(const struct act *act, enum mis_verdict verdict, int packet,
@@ -226,9 +238,6 @@ static __always_inline int conclude(const struct act *act, int allowed, int pack
 	tell(act, pass ? MIS_AUDIT : MIS_DENY, packet, counter);
 	return pass;
 }
-
-/* Keep a value out of the compiler's sight, so that it makes no branch of it. */
-#define opaque(value) asm volatile("" : "+r"(value))
 
 /*
  * Whether the table allows the act; names the deciding rule in it.
