@@ -1,4 +1,4 @@
-"""Compile what is not Python: BPF objects and the static pid-1 shim, into ``mis_run/_built``.
+"""Compile what is not Python into ``mis_run/_built``: BPF objects, the static C programs, profiles.
 
 ``python -m mis_run.build`` builds what is older than its sources and prints what it built.
 Sources live beside the package in a checkout; a wheel carries the results instead.
@@ -15,6 +15,7 @@ from mis_run.errors import SetupError
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 BUILT = PACKAGE / "_built"
+PROFILES = PACKAGE / "data" / "profiles"
 # The kernel's names for the architecture that libbpf's bpf_tracing.h expects.
 BPF_ARCH = {"x86_64": "x86", "aarch64": "arm64"}
 
@@ -65,7 +66,23 @@ def main() -> int:
             return SetupError.exit_code
         part.replace(target)
         print(f"mis-run: built {target.name}")
+    _profiles()
     return 0
+
+
+def _profiles() -> None:
+    """Our own profiles as JSON, each with the text it was made from: what tomllib would say."""
+    import json
+    import tomllib
+
+    for source in sorted(PROFILES.glob("*.toml")):
+        text = source.read_text()
+        made = json.dumps({"text": text, "values": tomllib.loads(text)})
+        target = BUILT / f"{source.stem}.json"
+        if not target.exists() or target.read_text() != made:
+            part = target.with_name(f"{target.name}.{os.getpid()}")
+            part.write_text(made)
+            part.replace(target)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ are a table (`schema.SECTIONS`), from which docs/profile-reference.md is generat
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mis_run import schema
+from mis_run.build import BUILT, PROFILES
 from mis_run.dataclass import replace
 from mis_run.errors import ProfileError, UsageError, nearest
 from mis_run.model import Profile
@@ -21,7 +22,7 @@ from mis_run.sets import SETS, expand
 
 __all__ = ["SETS", "catalogue", "expand", "load", "render"]
 
-BUILT_IN = Path(__file__).parent / "data" / "profiles"
+BUILT_IN = PROFILES
 SYSTEM = Path("/etc/mis/profiles")
 MOST_BYTES = 1 << 20
 MOST_DEPTH = 8
@@ -113,10 +114,7 @@ def _merged(
         raise ProfileError(f"{path}: extends goes deeper than {MOST_DEPTH} profiles")
     text = _read(path)
     sources += dict.fromkeys((os.path.normpath(path), os.path.realpath(path)))
-    try:
-        data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ProfileError(f"{path}: not TOML: {error}") from None
+    data = _parsed(path, text)
     schema.check(data, schema.Place(str(path), text))
     parent = data.pop("extends", None)
     if parent is None:
@@ -129,6 +127,21 @@ def _merged(
     base = _merged(found, search, (*above, path), sources)
     base.pop("description", None)
     return _over(base, data)
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    """The text's values; of our own profiles as `build` has left them, if it is still that text."""
+    ready = BUILT / f"{path.stem}.json"
+    if path.parent == BUILT_IN and ready.exists():
+        made = json.loads(ready.read_text())
+        if made["text"] == text:
+            return dict(made["values"])
+    import tomllib  # late: it takes longer to import than all of ours take to check
+
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ProfileError(f"{path}: not TOML: {error}") from None
 
 
 def _over(base: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,16 +45,15 @@ def dispatch(argv: Sequence[str]) -> int:
     call = words.parse(argv)
     if call.command in ("start", "delete", "exec") and not {"help", "h"} & {*call.options}:
         return _later(call)
-    from mis_run.oci import operator  # late, as everything that most calls can do without
-
-    decided = operator.load(call.config)
-    runtime = str(decided.runtime or find_runtime())
     if call.command not in ("create", "run") or {"help", "h"} & {*call.options}:
-        return _become(runtime, call, call.arguments)
+        return _become(_operators_runtime(call), call, call.arguments)
     from mis_run import startup
 
     startup.begin()
-    from mis_run.oci import create
+    from mis_run.oci import create, operator  # late, as everything that most calls do without
+
+    decided = operator.load(call.config)
+    runtime = str(decided.runtime or find_runtime())
 
     act = create.run if call.command == "run" else create.create
     return act(call, runtime, decided)
@@ -65,9 +64,7 @@ def _later(call: Call) -> int:
     if call.command == "delete":
         runtime = next(iter(runs.of(call).values()), "")
         if not runtime:  # its supervisor has ended, and its run with it
-            from mis_run.oci import operator
-
-            runtime = str(operator.load(call.config).runtime or find_runtime())
+            runtime = _operators_runtime(call)
         code = runs.run_and_wait(runtime, *call.base, call.command, *call.arguments)
         runs.wait_gone(call)
         return code
@@ -86,6 +83,15 @@ def find_runtime() -> str:
             if os.access(f"{folder}/{name}", os.X_OK):
                 return f"{folder}/{name}"
     raise SetupError("no OCI runtime: neither runc nor crun", hint="apt-get install runc")
+
+
+def _operators_runtime(call: Call) -> str:
+    """The OCI runtime that the operator chose, or that is there."""
+    if call.config == words.FILE and not os.path.lexists(call.config):
+        return find_runtime()
+    from mis_run.oci import operator
+
+    return str(operator.load(call.config).runtime or find_runtime())
 
 
 def _become(runtime: str, call: Call, arguments: Sequence[str]) -> NoReturn:
