@@ -63,7 +63,7 @@ def install(
         others = ", ".join(f'"{name}"' for name in interfaces)
         match = f"iifname != {{ {others} }} " if others else ""
         text += f"add rule {TABLE} forward meta nfproto {family} {match}drop\n"
-    if list(known) == [text, _listing()]:
+    if text in known[:1] and list(known[1:]) == [_listing()]:
         return list(known)
     _run(text, hold)
     return [text, _listing()]

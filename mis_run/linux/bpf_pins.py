@@ -90,8 +90,8 @@ def load_and_pin(path: Path, maps: Path, links: Path) -> dict[str, str]:
     Raises SetupError; what was pinned until then is the caller's to remove.
     """
     bpf, base = _functions(), libbpf._bpf()
-    libbpf._said.clear()
     with ExitStack() as stack:
+        said = stack.enter_context(base.warnings())
         try:
             handle = base.open(str(path).encode(), None)
             stack.callback(base.close, handle)
@@ -117,10 +117,8 @@ def load_and_pin(path: Path, maps: Path, links: Path) -> dict[str, str]:
                 bpf.pin_link(link, bytes(links / name))
                 done[name] = hook
         except OSError as error:
-            said = "".join(libbpf._said)[-1500:]
-            raise SetupError(
-                f"cannot attach {path.name}: {error.strerror}\n{said}".rstrip(), hint="mis doctor"
-            ) from error
+            words = f"{error.strerror}\n{''.join(said)[-1500:]}".rstrip()
+            raise SetupError(f"cannot attach {path.name}: {words}", hint="mis doctor") from error
         return done
 
 

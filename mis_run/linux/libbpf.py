@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import c_char_p, c_int, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ ATTACH_TYPES = {
 
 _Print = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
 _Sample = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, ctypes.c_size_t)
-_said: list[str] = []  # libbpf's last words: the verifier's reason is in them
 
 
 class _Library:
@@ -64,17 +64,32 @@ class _Library:
         self.ring_consume = self._number("ring_buffer__consume", c_void_p)
         self.ring_free = self._nothing("ring_buffer__free", c_void_p)
         self.cpus = self._number("libbpf_num_possible_cpus")
-        self._keep = _Print(self._hear)
         self._lib.libbpf_set_print.restype = c_void_p
-        self._lib.libbpf_set_print(self._keep)
+        self._lib.libbpf_set_print(None)
 
-    def _hear(self, level: int, form: bytes, arguments: int) -> int:
-        buffer = ctypes.create_string_buffer(4096)
-        self._libc.vsnprintf(buffer, 4096, form, c_void_p(arguments))
-        if level == 0:  # LIBBPF_WARN
-            _said.append(buffer.value.decode(errors="replace"))
-            del _said[:-40]
-        return 0
+    @contextmanager
+    def warnings(self) -> Iterator[list[str]]:
+        """What libbpf warns of meanwhile; the verifier's reason is in the last lines.
+
+        It calls us for every line of debugging too, hundreds of times for an object, and each call
+        waits for the interpreter; so it is silent but here.
+        """
+        said: list[str] = []
+
+        def hear(level: int, form: bytes, arguments: int) -> int:
+            if level == 0:  # LIBBPF_WARN
+                buffer = ctypes.create_string_buffer(4096)
+                self._libc.vsnprintf(buffer, 4096, form, c_void_p(arguments))
+                said.append(buffer.value.decode(errors="replace"))
+                del said[:-40]
+            return 0
+
+        callback = _Print(hear)
+        self._lib.libbpf_set_print(callback)
+        try:
+            yield said
+        finally:
+            self._lib.libbpf_set_print(None)
 
     def _pointer(self, name: str, *argtypes: Any) -> Callable[..., int]:
         return self._function(name, c_void_p, argtypes, lambda result: not result)
@@ -119,18 +134,24 @@ class Object:
 
     def __init__(self, path: Path) -> None:
         """Open and load. Raises SetupError with the verifier's last lines."""
-        bpf = _bpf()
-        _said.clear()
         self._object: int | None = None
         try:
-            self._object = bpf.open(str(path).encode(), None)
-            bpf.load(self._object)
-        except OSError as error:
+            self._load(path)
+        except OSError:
             self.close()
-            raise SetupError(
-                f"cannot load {path.name}: {error.strerror}\n{''.join(_said)[-1500:]}".rstrip(),
-                hint="mis doctor",
-            ) from error
+            with _bpf().warnings() as said:  # once more, to hear why
+                try:
+                    self._load(path)
+                except OSError as error:
+                    self.close()
+                    words = f"{error.strerror}\n{''.join(said)[-1500:]}".rstrip()
+                    raise SetupError(
+                        f"cannot load {path.name}: {words}", hint="mis doctor"
+                    ) from error
+
+    def _load(self, path: Path) -> None:
+        self._object = _bpf().open(str(path).encode(), None)
+        _bpf().load(self._object)
 
     def close(self) -> None:
         """Release the object."""
