@@ -19,6 +19,10 @@ def run(words: dict[str, Any]) -> int:
     options = parse(**words)
 
     # Imported late: a wrong word should not pay for the engine.
+    if not dry_run:
+        from mis_run.guards import net
+
+        net.load_ahead()
     from mis_run import host, plan, profiles, startup
 
     profile = profiles.load(options.profile)

@@ -81,9 +81,12 @@ def find(root: str, pattern: str, links: Links | None = None) -> set[str]:
             if any(sign in part for sign in "*?["):
                 names = fnmatch.filter(_names(f"{root}{place}"), part)
             for name in names:
+                path = f"{place.rstrip('/')}/{name}"
                 try:
-                    path = resolve(root, f"{place}/{name}", links)
-                    os.lstat(f"{root}{path}")
+                    # `place` has no links: only the last component can be one.
+                    if name in ("", ".", "..") or stat.S_ISLNK(os.lstat(f"{root}{path}").st_mode):
+                        path = resolve(root, path, links)
+                        os.lstat(f"{root}{path}")
                 except OSError:
                     continue  # not there: nothing to hide
                 found.add(path)

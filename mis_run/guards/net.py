@@ -21,6 +21,7 @@ from mis_run.dataclass import dataclass, fields
 from mis_run.events import Event, Guarantee
 from mis_run.guards import net_events, net_layout, net_trials
 from mis_run.guards.net_layout import CALLS, COUNTER, HOOKS, KEY
+from mis_run.later import Later
 from mis_run.linux import libbpf, libc
 from mis_run.model import Finding, NetMode, NetPlan
 
@@ -95,7 +96,7 @@ class NetGuard:
         self._closed = closed
         self._configuring = threading.Lock()
         self._sources = sources
-        self._object = None if maps else libbpf.Object(built("net.bpf.o"))
+        self._object = None if maps else (_ahead.pop().result() if _ahead else _programs())
         self._maps = {name: self._map(name, maps or {}) for name in MAPS}
         self._ring = libbpf.Ring(self._maps["events"])
         self._cpus = libbpf.possible_cpus()
@@ -293,6 +294,19 @@ def attach(cgroup: Path, guard: NetGuard) -> Iterator[NetGuard]:
     with closing(guard):
         guard.attach(cgroup)
         yield guard
+
+
+_ahead: list[Later[libbpf.Object]] = []
+
+
+def _programs() -> libbpf.Object:
+    return libbpf.Object(built("net.bpf.o"))
+
+
+def load_ahead() -> None:
+    """Begin to load the programs, which are the same for every plan: the kernel's verifier takes
+    15 ms, and nobody else needs the other CPU while a launch imports its modules."""
+    _ahead.append(Later(_programs))
 
 
 def load(plan: NetPlan, *, enforce: bool) -> NetGuard:

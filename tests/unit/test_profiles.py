@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,18 @@ def test_trace_denies_nothing() -> None:
     assert not profiles.load("trace").enforce
     assert all(profiles.load(name).enforce for name in BUILT_IN if name != "trace")
     assert profiles.load("ci-untrusted").network.mode is NetMode.NONE
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_what_was_made_of_a_profile_is_the_profile(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`build` leaves the built-in ones as JSON; without it, or with that of another text, the
+    file is read itself, and says the same."""
+    ready = profiles.load(name)
+    assert (profiles.BUILT / f"{name}.json").exists()  # the control: that was the quick way
+    monkeypatch.setattr(profiles, "BUILT", tmp_path)
+    assert profiles.load(name) == ready
+    stale = {"text": "description = 'old'", "values": {"description": "old"}}
+    (tmp_path / f"{name}.json").write_text(json.dumps(stale))
+    assert profiles.load(name) == ready
