@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import pwd
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mis_run import cgroup, network, rootfs, runtime
+from mis_run import cgroup, network, rootfs, runtime, startup
 from mis_run.build import PACKAGE, ROOT
 from mis_run.dataclass import dataclass
 from mis_run.errors import MissingGuarantee, UsageError
@@ -104,7 +103,7 @@ def probe() -> Host:
 
 def _engine() -> tuple[str, ...]:
     """Where our own code lies: the package, its environment, and in a checkout the rest of it."""
-    found = [PACKAGE, Path(sys.prefix)]
+    found = [PACKAGE, startup.environment()]
     if (ROOT / "mis-run").exists():
         found += [ROOT / name for name in CHECKOUT if (ROOT / name).exists()]
     return tuple(str(path) for path in found)

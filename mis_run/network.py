@@ -228,10 +228,11 @@ def _see_gone(interface: str) -> None:
 
 
 def _there(interface: str) -> bool:
+    """By its name, and by its place in sysfs, which goes a moment later."""
     try:
         socket.if_nametoindex(interface)
     except OSError:
-        return False
+        return Path("/sys/class/net", interface).exists()
     return True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from pathlib import Path
 
 
 def begin() -> None:
@@ -24,3 +25,10 @@ def reach_installed() -> None:
         import site
 
         site.main()
+
+
+def environment() -> Path:
+    """The virtual environment that this Python belongs to, or its prefix: what ``sys.prefix`` is
+    where `site` has set it."""
+    home = Path(sys.executable).parent.parent
+    return home if (home / "pyvenv.cfg").exists() else Path(sys.prefix)
