@@ -210,6 +210,28 @@ NOTHING = {"interfaces": [], "files": [], "ruleset": "", "forward": ("0", "0")}
 
 
 @on_a_machine
+def test_a_namespace_that_lives_on_keeps_no_interface() -> None:
+    """As a connection whose last bytes are unsent keeps one. The control: nobody else deletes it."""
+    real, asked = network._run, []
+
+    def refuse(argv: list[str], *_: Any, **__: Any) -> None:
+        asked.append(argv)
+
+    for delete in (False, True):
+        name = run_id()
+        with agent(plan(), name) as link:
+            kept = os.open(link.path, os.O_RDONLY)
+            network._run = real if delete else refuse
+        network._run = real
+        assert (f"mis-{name}" in interfaces()) != delete
+        os.close(kept)
+        end = time.monotonic() + 5
+        while f"mis-{name}" in interfaces() and time.monotonic() < end:
+            time.sleep(0.01)
+    assert len(asked) == 1
+
+
+@on_a_machine
 def test_no_network_means_loopback_only() -> None:
     """Mode none has a working loopback and nothing else, and shares nothing."""
     with network.create(plan(mode="none"), run_id()) as link:
