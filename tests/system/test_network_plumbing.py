@@ -211,7 +211,7 @@ NOTHING = {"interfaces": [], "files": [], "ruleset": "", "forward": ("0", "0")}
 
 @on_a_machine
 def test_a_namespace_that_lives_on_keeps_no_interface() -> None:
-    """As a connection whose last bytes are unsent keeps one. The control: nobody else deletes it."""
+    """As a connection with unsent bytes keeps one. The control: nobody else deletes it."""
     real, asked = network._run, []
 
     def refuse(argv: list[str], *_: Any, **__: Any) -> None:
