@@ -60,7 +60,7 @@ def bare_bundle(folder: Path) -> None:
 
 def candidates(folder: Path) -> dict[str, Callable[[], object]]:
     """Every launcher that works here; the others are named with their reason."""
-    mis = (sys.executable, "-I", "-m", "mis_run", "-q", "--log", "/dev/null")
+    mis = (str(ROOT / "mis-run"), "-q", "--log", "/dev/null")  # as the README has it
     numbers = iter(range(1 << 30))
     work = folder / "work"
     work.mkdir()
@@ -81,6 +81,8 @@ def candidates(folder: Path) -> dict[str, Callable[[], object]]:
             "podman",
             lambda: must(
                 *("podman", "run", "--rm", "--network", "none", "--log-driver", "none"),
+                # Its own defaults are more than root may have in some containers.
+                *("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"),
                 *("--runtime", "runc", "--rootfs", str(folder / "merged"), "/bin/true"),
             ),
         ),
@@ -141,10 +143,12 @@ def docker_engine(folder: Path) -> Iterator[None]:
 def import_time() -> None:
     """What Python and our modules cost before anything happens."""
     code = (
-        "import time; began = time.perf_counter(); import mis_run.cli, mis_run.launch; "
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); began = time.perf_counter(); "
+        "from mis_run import startup; startup.begin(); "
+        "from mis_run import command, host, launch, plan, profiles, words; "
         "print(f'{(time.perf_counter() - began) * 1000:.1f}')"
     )
-    argv = [sys.executable, "-I", "-c", code]
+    argv = [sys.executable, "-I", "-S", "-c", code]
     runs = [subprocess.run(argv, capture_output=True, text=True, check=True) for _ in range(5)]
     print(f"import of everything: {min(float(run.stdout) for run in runs):.1f} ms")
 
@@ -152,7 +156,7 @@ def import_time() -> None:
 def shares(work: Path) -> None:
     """Each setup step's share, from one run's own record."""
     log = work / "record.jsonl"
-    argv = (sys.executable, "-I", "-m", "mis_run", "-q", "--log", str(log))
+    argv = (str(ROOT / "mis-run"), "-q", "--log", str(log))
     must(*argv, "--workdir", str(work), "--", "true")
     events = [json.loads(line) for line in log.read_text().splitlines()]
     setup = next(event for event in events if event["kind"] == "run.exit")["subject"]["setup"]
