@@ -119,10 +119,24 @@ def filling() -> Iterator[Path]:
     partial = place() / "partial"
     with locks.Exclusive(place() / "fill.lock", os.O_CREAT | os.O_RDWR):
         _empty(partial)
+        _try_whiteout(partial)
         try:
             yield partial
         finally:
             _empty(partial)
+
+
+def _try_whiteout(folder: Path) -> None:
+    """See that what a layer removes can be said here. Raises SetupError."""
+    probe = folder / "whiteout"
+    try:
+        os.mknod(probe, stat.S_IFCHR, os.makedev(0, 0))
+    except OSError as error:  # an overlay does not lend out its own signs (ovl_mknod)
+        raise SetupError(
+            f"{place()}: layers cannot be kept on this file system: {error.strerror}",
+            hint="MIS_CACHE=FOLDER on ext4, xfs, btrfs or a tmpfs; inside a container, on a volume",
+        ) from error
+    probe.unlink()
 
 
 def _empty(folder: Path) -> None:

@@ -342,6 +342,28 @@ def unpacking(cache: Path) -> list[str]:
     return found
 
 
+ON_AN_OVERLAY = """
+mount -t tmpfs tmpfs "$1"; cd "$1"; mkdir lower upper work cache
+mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work cache; chmod 700 cache
+cd "$2"; export MIS_CACHE="$1/cache"; shift 2; exec "$@"
+"""
+
+
+def test_a_cache_on_an_overlay_says_so(layout: Layout, place: Path, tmp_path: Path) -> None:
+    """Whiteouts cannot be made there. The control: on the tmpfs below it they can."""
+    (tmp_path / "disk").mkdir()
+    words = (*MIS_RUN, "-q", "--image", f"oci:{layout.path}", "--", "true")
+    for script in (ON_AN_OVERLAY, ON_AN_OVERLAY.replace("mount -t overlay", ": mount")):
+        argv = ["unshare", "-m", "sh", "-ec", script, "sh", str(tmp_path / "disk"), str(place)]
+        done = subprocess.run([*argv, *words], capture_output=True, text=True, check=False)
+        if script is ON_AN_OVERLAY:
+            assert done.returncode == 121
+            assert "cannot be kept on this file system" in done.stderr
+            assert "hint: MIS_CACHE=" in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr
+
+
 def test_prune_keeps_what_runs(layout: Layout, place: Path, tmp_path: Path) -> None:
     """Layers of a live run stay and are read on; afterwards they go."""
     images = Images(f"oci:{layout.path}", tmp_path / "cache", place)
