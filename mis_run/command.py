@@ -19,7 +19,7 @@ def run(words: dict[str, Any]) -> int:
     options = parse(**words)
 
     # Imported late: a wrong word should not pay for the engine.
-    if not dry_run:
+    if not dry_run and options.image is None:  # unpacking forks: no threads before that
         from mis_run.guards import net
 
         net.load_ahead()
