@@ -22,7 +22,9 @@ class Compile(BuildHookInterface):  # type: ignore[type-arg]
         if self.target_name != "wheel" or version == "editable":
             return
         root = Path(self.root)
-        code = f"import sys; sys.path.insert(0, {str(root)!r}); from mis_run import build; "
+        # Of the source tree nothing but the package: what lies beside it is nobody's module.
+        code = f"import sys; sys.path.append({str(root)!r}); import mis_run; sys.path.pop(); "
+        code += "from mis_run import build; "
         done = subprocess.run([sys.executable, "-c", code + "sys.exit(build.main())"], check=False)
         if done.returncode:
             raise RuntimeError("compiling failed: apt-get install clang libbpf-dev libc6-dev")

@@ -62,11 +62,24 @@ _set_up() {
     "$root/.venv/bin/python" -I -m pip install -q --disable-pip-version-check --no-warn-script-location \
         -e "$root${extra:+[$extra]}" 9>&- 2> >(grep -v 'Location .* is ignored' >&2) ||
         die 121 "pip could not install the packages above" "check the network, then try again"
+    only_the_package
     "$root/.venv/bin/python" -I -m mis_run.build >&2 || exit $?
     # Byte code now, so that the first run is as fast as the others.
     "$root/.venv/bin/python" -I -m compileall -q "$root/mis_run" >/dev/null ||
         say "byte code could not be written; starts will be slower"
     printf '%s\n' "$root" | tee "$root/.venv/stamp${extra:+-$extra}" >"$root/.venv/stamp"
+}
+
+# pip has put the whole checkout on the environment's path, and what an agent leaves there (org/python/
+# core.py, which the standard library's copy.py tries to import) would run as root at the next start.
+only_the_package() {
+    local packages
+    for packages in "$root"/.venv/lib/python3*/site-packages; do
+        rm -f "$packages/_editable_impl_mis_run.pth"
+        ln -sfn "$root/mis_run" "$packages/mis_run"
+        [ ! -e "$packages/_editable_impl_mis_run.pth" ] && [ -d "$packages/mis_run" ] ||
+            die 121 "cannot link $packages/mis_run" "rm -r $root/.venv"
+    done
 }
 
 # The newest Python ≥ 3.11, the distribution's first: its files are readable for every user.

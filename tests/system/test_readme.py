@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -83,3 +84,51 @@ def test_an_agent_in_our_checkout_cannot_change_what_root_runs_next(clone: Path)
     assert (done.returncode, done.stdout) == (0, "free\n"), done.stderr
     status = ["git", "-C", str(clone), "status", "--porcelain", "--untracked-files=no"]
     assert subprocess.run(status, capture_output=True, text=True, check=True).stdout == ""
+
+
+MARK = "import sys\nsys.stderr.write('PLANTED ' + __name__ + '\\n')\n"
+PLANTED = ("org/python/core", "json/__init__", "ctypes", "click/__init__", "dns/message", "rich")
+STARTS = (
+    "mis-run --dry-run -- true",
+    "mis-run --frobnicate",
+    "mis-run --net guarded --allow-net example.invalid:1 -- true",
+    "mis ps",
+    "mis doctor",
+    "mis-oci-runtime --version",
+    "mis-oci-runtime create x",
+    "mis-oci-hook createRuntime",
+)
+
+
+def test_modules_that_an_agent_leaves_in_our_checkout_are_nobodys(clone: Path) -> None:
+    """Beside mis_run they would be imported by root's next start: by name before the standard
+    library's or the environment's, or where those try something that is not there."""
+    script = "; ".join(
+        f"mkdir -p $(dirname {name}); printf %s {shlex.quote(MARK)} > {name}.py" for name in PLANTED
+    )
+    argv = [str(clone / "mis-run"), "-q", "--", "sh", "-c", script]
+    done = subprocess.run(argv, cwd=clone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all((clone / f"{name}.py").exists() for name in PLANTED)
+    for line in STARTS:
+        name, *words = line.split()
+        for cwd in (clone, Path("/")):
+            done = subprocess.run(
+                [str(clone / name), *words],
+                cwd=cwd,
+                input="{}",
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert "PLANTED" not in done.stderr, (line, done.stderr)
+    on_path = f"import sys; sys.path.append({str(clone)!r}); import copy, mis_run.units"
+    python = str(clone / ".venv/bin/python")
+    done = subprocess.run(
+        [python, "-I", "-S", "-c", on_path], capture_output=True, text=True, check=True
+    )
+    assert "PLANTED org.python.core" in done.stderr  # the control: with the checkout on the path
+    for name in {name.partition("/")[0] for name in PLANTED}:
+        shutil.rmtree(clone / name, ignore_errors=True)
+        (clone / f"{name}.py").unlink(missing_ok=True)
