@@ -49,8 +49,7 @@ _set_up() {
     umask 022 # what root makes here, other users can run
     cd / || exit 121
     [ -w "$root" ] || die 120 "not set up yet, and $root is not writable for you" "sudo $root/mis-run"
-    { exec 9>"$root/.venv.lock"; } 2>/dev/null ||
-        die 120 "not set up yet, and $root/.venv.lock is not writable for you" "sudo $root/mis-run"
+    exec 9<"$root/mis-run" # a file of its own could be a link that an agent has left
     flock -n 9 || { say "waiting for another start that is setting up"; flock 9; }
     is_set_up "$extra" && return 0
     find_python
@@ -58,11 +57,13 @@ _set_up() {
     install_packages
     make_venv
     say "installing Python packages${extra:+ for $extra}"
+    local wanted
+    mapfile -t wanted < <("$root/.venv/bin/python" -I -c "$requirements" "$root/pyproject.toml" "$extra")
     # A folder of packages that is configured but not there is no news.
     "$root/.venv/bin/python" -I -m pip install -q --disable-pip-version-check --no-warn-script-location \
-        -e "$root${extra:+[$extra]}" 9>&- 2> >(grep -v 'Location .* is ignored' >&2) ||
+        "${wanted[@]}" 9>&- 2> >(grep -v 'Location .* is ignored' >&2) ||
         die 121 "pip could not install the packages above" "check the network, then try again"
-    only_the_package
+    link_package
     "$root/.venv/bin/python" -I -m mis_run.build >&2 || exit $?
     # Byte code now, so that the first run is as fast as the others.
     "$root/.venv/bin/python" -I -m compileall -q "$root/mis_run" >/dev/null ||
@@ -70,15 +71,20 @@ _set_up() {
     printf '%s\n' "$root" | tee "$root/.venv/stamp${extra:+-$extra}" >"$root/.venv/stamp"
 }
 
-# pip has put the whole checkout on the environment's path, and what an agent leaves there (org/python/
-# core.py, which the standard library's copy.py tries to import) would run as root at the next start.
-only_the_package() {
+# Not `pip install -e`: it would build in the checkout (by a hatch.toml, if somebody left one) and put
+# all of that on the environment's path.  What an agent leaves there, as org/python/core.py, which the
+# standard library's copy.py tries to import, would run as root at the next start.
+requirements='
+import sys, tomllib
+with open(sys.argv[1], "rb") as file:
+    project = tomllib.load(file)["project"]
+extra = project["optional-dependencies"][sys.argv[2]] if sys.argv[2] else []
+print(*project["dependencies"], *extra, sep="\n")'
+link_package() {
     local packages
     for packages in "$root"/.venv/lib/python3*/site-packages; do
-        rm -f "$packages/_editable_impl_mis_run.pth"
-        ln -sfn "$root/mis_run" "$packages/mis_run"
-        [ ! -e "$packages/_editable_impl_mis_run.pth" ] && [ -d "$packages/mis_run" ] ||
-            die 121 "cannot link $packages/mis_run" "rm -r $root/.venv"
+        rm -rf "$packages"/_editable_impl_mis_run.pth "$packages"/mis_run-*.dist-info # of a former set-up
+        ln -sfn "$root/mis_run" "$packages/mis_run" || die 121 "cannot link $packages/mis_run"
     done
 }
 

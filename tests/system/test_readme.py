@@ -132,3 +132,29 @@ def test_modules_that_an_agent_leaves_in_our_checkout_are_nobodys(clone: Path) -
     for name in {name.partition("/")[0] for name in PLANTED}:
         shutil.rmtree(clone / name, ignore_errors=True)
         (clone / f"{name}.py").unlink(missing_ok=True)
+
+
+def test_set_up_neither_follows_nor_builds_what_an_agent_left(clone: Path, tmp_path: Path) -> None:
+    """A link in place of a file that set-up would write, and a build hook beside pyproject.toml."""
+    precious, mark = tmp_path / "precious", tmp_path / "built"
+    precious.write_text("mine")
+    hook = f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
+    script = (
+        f"ln -s {precious} .venv.lock; "
+        "printf '[build.hooks.custom]\\npath = \"evil.py\"\\n' > hatch.toml; "
+        f"printf %s {shlex.quote(hook)} > evil.py"
+    )
+    argv = [str(clone / "mis-run"), "-q", "--", "sh", "-c", script]
+    assert subprocess.run(argv, cwd=clone, check=False).returncode == 0
+    os.utime(clone / "bpf/mis.h")  # set-up has something to do
+    done = subprocess.run(
+        [clone / "mis-run", "--version"], capture_output=True, text=True, timeout=600, check=True
+    )
+    assert "built net.bpf.o" in done.stderr
+    assert precious.read_text() == "mine"
+    assert not mark.exists()
+    assert not [*clone.glob(".venv/lib/*/site-packages/mis_run-*")]  # nothing was built
+    subprocess.run(["sh", "-c", f": > {clone}/.venv.lock"], check=True)
+    assert precious.read_text() == ""  # the control: the link was one that root follows
+    for name in (".venv.lock", "hatch.toml", "evil.py"):
+        (clone / name).unlink()
