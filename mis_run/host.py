@@ -102,8 +102,9 @@ def probe() -> Host:
 
 
 def _engine() -> tuple[str, ...]:
-    """Where our own code lies: the package, its environment, and in a checkout the rest of it."""
-    found = [PACKAGE, startup.environment()]
+    """Where our own code lies: the package, its environment, the Python that it is of, and in a
+    checkout the starters and what they build."""
+    found = [PACKAGE, startup.environment(), Path(sys.base_prefix)]
     if (ROOT / "mis-run").exists():
         found += [ROOT / name for name in CHECKOUT if (ROOT / name).exists()]
     return tuple(str(path) for path in found)
