@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_run import cgroup, network, rootfs, runtime, startup
-from mis_run.build import PACKAGE, ROOT
+from mis_run.build import ROOT
 from mis_run.dataclass import dataclass
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.guards import counters, escape, file, net, scope
@@ -23,9 +23,7 @@ from mis_run.jsonable import plain
 from mis_run.linux import mountinfo
 from mis_run.model import Finding, Host, Options, User
 
-# What a starter of the checkout runs, sources or compiles as root.
 ACTIVE_LSMS = Path("/sys/kernel/security/lsm")
-CHECKOUT = ("mis-run", "run-tests", "scripts", "bpf", "shim", "pyproject.toml", "hatch_build.py")
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,8 @@ def probe() -> Host:
 
 
 def _engine() -> tuple[str, ...]:
-    """Where our own code lies: the package, its environment, the Python that it is of, and in a
-    checkout the starters and what they build."""
-    found = [PACKAGE, startup.environment(), Path(sys.base_prefix)]
-    if (ROOT / "mis-run").exists():
-        found += [ROOT / name for name in CHECKOUT if (ROOT / name).exists()]
-    return tuple(str(path) for path in found)
+    """Where our own code lies, and the Python that runs it."""
+    return tuple(map(str, (*startup.ours(), startup.environment(), Path(sys.base_prefix))))
 
 
 def _kernel_plane() -> dict[str, Finding]:

@@ -1,11 +1,23 @@
-"""What makes a short-lived Python begin sooner: no collector while modules are imported, and what
-is installed added only when something of it is needed (docs/decisions/start-up.md)."""
+"""How a short-lived Python begins, and where what it runs lies.
+
+No collector while modules are imported, and what is installed added only when something of it is
+needed: docs/decisions/start-up.md.
+"""
 
 from __future__ import annotations
 
 import gc
 import sys
 from pathlib import Path
+
+from mis_run.build import PACKAGE, ROOT
+
+CHECKOUT = (
+    *("mis-run", "mis", "mis-oci-runtime", "mis-oci-hook", "run-tests", "hatch_build.py"),
+    *("pyproject.toml", "scripts", "bpf", "shim", "ci", "images"),
+)
+"""What starters of the checkout are, run, source or compile as root; no links, which cannot be
+mounted over."""
 
 
 def begin() -> None:
@@ -32,3 +44,14 @@ def environment() -> Path:
     where `site` has set it."""
     home = Path(sys.executable).parent.parent
     return home if (home / "pyvenv.cfg").exists() else Path(sys.prefix)
+
+
+def ours() -> tuple[Path, ...]:
+    """What root's next start is made of: the package, its virtual environment, and in a checkout
+    the starters and what they build."""
+    found = [PACKAGE]
+    if (environment() / "pyvenv.cfg").exists():
+        found.append(environment())
+    if (ROOT / "mis-run").exists():
+        found += [ROOT / name for name in CHECKOUT if (ROOT / name).exists()]
+    return tuple(found)

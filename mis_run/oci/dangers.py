@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mis_run import startup
 from mis_run.errors import UsageError
 from mis_run.oci.operator import LOOSENINGS
 from mis_run.oci.spec import Spec
@@ -76,9 +77,15 @@ def _volume(mount: Mapping[str, Any]) -> str | None:
     path = os.path.realpath(source)
     if path in WHOLE or any(path == top or path.startswith(f"{top}/") for top in BELOW):
         return path
+    if "ro" not in options and any(_overlap(path, str(top)) for top in startup.ours()):
+        return f"{path}, where mis-run itself lies"  # its root is the host's next start
     try:
         if stat.S_ISSOCK(Path(path).stat().st_mode):
             return f"{path} (a socket)"
     except (OSError, ValueError):  # the runtime will say so
         return None
     return None
+
+
+def _overlap(one: str, other: str) -> bool:
+    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")

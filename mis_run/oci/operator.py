@@ -28,7 +28,7 @@ LOOSENINGS: Mapping[str, str] = {
     "devices": "disks and memory as devices (--device /dev/sda)",
     "host-pid": "the host's process ids (--pid host)",
     "host-ipc": "the host's shared memory and queues (--ipc host)",
-    "host-paths": "service sockets and system folders of the host as volumes",
+    "host-paths": "service sockets, system folders and mis-run's own code as volumes",
     "audit": "profiles that only record ([mode] enforce = false)",
     "on-loss-open": "containers that outlive their supervisor (liveness.on_loss = 'open')",
 }

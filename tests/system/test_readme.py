@@ -73,7 +73,8 @@ def test_the_first_example_is_really_repaired(clone: Path) -> None:
 def test_an_agent_in_our_checkout_cannot_change_what_root_runs_next(clone: Path) -> None:
     """With mis-run's own checkout as workspace its code is read-only, the rest is not."""
     script = (
-        "for path in mis-run mis_run/__init__.py scripts/setup.sh .venv/pyvenv.cfg bpf/mis.h; do "
+        "for path in mis-run mis mis-oci-runtime mis-oci-hook mis_run/__init__.py scripts/setup.sh "
+        ".venv/pyvenv.cfg bpf/mis.h images/build; do "
         "sh -c \"echo '#' >> $path\" 2>/dev/null && echo CHANGED $path; "
         "mv $path $path.old 2>/dev/null && echo MOVED $path; done; "
         "mv mis_run x 2>/dev/null && echo MOVED mis_run; "

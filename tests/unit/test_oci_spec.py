@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mis_run import startup
 from mis_run.errors import MisError, UsageError
 from mis_run.model import Limits
 from mis_run.oci import dangers, edit, spec
@@ -189,6 +190,23 @@ def test_a_link_to_a_system_folder_is_no_volume_either(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/")
     found = Spec(tmp_path, {**PLAIN, "mounts": [bind(tmp_path / "link")]})
     assert [name for name, _ in dangers.found(found)] == ["host-paths"]
+
+
+def test_where_we_lie_is_no_volume_to_write_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what is above or below it: its root would be root of the host at the next start."""
+    ours = tmp_path / "checkout" / "mis_run"
+    monkeypatch.setattr(startup, "ours", lambda: (ours,))
+    for source in (tmp_path, ours.parent, ours, ours / "data"):
+        mount = bind(source)
+        found = Spec(tmp_path, {**PLAIN, "mounts": [mount]})
+        assert [name for name, _ in dangers.found(found)] == ["host-paths"]
+        mount["options"] = ["rbind", "ro"]
+        assert list(dangers.found(found)) == []
+    for source in (tmp_path / "check", ours.with_name("mis_runner")):
+        found = Spec(tmp_path, {**PLAIN, "mounts": [bind(source)]})
+        assert list(dangers.found(found)) == []
 
 
 # ---- limits ---------------------------------------------------------------------------------
