@@ -18,7 +18,7 @@ import crowd
 import engine as engines
 import pytest
 from engine import GATEWAY, Engine, events, runs, traces
-from harness import MIS, mis, wait_for
+from harness import MIS, ROOT, mis, wait_for
 
 from mis_run.linux import abi
 
@@ -421,6 +421,7 @@ def test_many_at_once(box: Engine) -> None:
         (("--pid", "host"), "host's pid namespace"),
         (("-e", "MIS_PROFILE=../../etc/passwd"), "no profile name"),
         (("-e", "MIS_PROFILE=coding-agent"), "not allowed for containers here"),
+        (("-v", f"{ROOT}:/x"), "where mis-run itself lies"),
     ],
 )
 def test_refusals(engine: Engine, options: tuple[str, ...], words: str) -> None:
@@ -430,6 +431,12 @@ def test_refusals(engine: Engine, options: tuple[str, ...], words: str) -> None:
     assert "mis-run: " in done.stderr
     assert words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_our_code_may_be_read(engine: Engine) -> None:
+    """The control: the same volume, which nobody can write to, is one like any other."""
+    done = engine.run("test", "-x", "/x/mis-run", options=("-v", f"{ROOT}:/x:ro"))
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_engines_socket_is_no_volume(engine: Engine) -> None:
