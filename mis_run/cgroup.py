@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from mis_run import cgroup_kill, cgroup_stats
-from mis_run.cgroup_detect import LIMITS, PARENT, detect, mount_private, supported
+from mis_run.cgroup_detect import LIMITS, PARENT, PROBE, detect, mount_private, supported
 from mis_run.cgroup_stats import Usage
 from mis_run.errors import SetupError
 from mis_run.events import Event
@@ -280,4 +280,12 @@ def gc(live_ids: Collection[str]) -> list[str]:
     for run_id, parents in dead.items():
         for parent in parents:
             Cgroup(run_id, unified, controllers, parent).remove()
-    return sorted(dead)
+    probes = [path for path in unified.glob(f"{PROBE}*") if not _alive(path.name)]
+    for path in probes:
+        _remove_if_unused(path)
+    return sorted([*dead, *(path.name for path in probes)])
+
+
+def _alive(probe: str) -> bool:
+    """Whether the process that tries things in this cgroup (`cgroup_detect`) is still there."""
+    return Path("/proc", probe.removeprefix(PROBE)).exists()

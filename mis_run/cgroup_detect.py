@@ -16,6 +16,8 @@ from mis_run.model import Finding
 
 PARENT = "mis"
 """The directory below each hierarchy's root that holds one directory per run."""
+PROBE = f"{PARENT}.probe."
+"""With a process id behind it, the cgroup in which that process tries what works."""
 
 LIMITS = ("memory", "cpu", "pids", "io")
 """What limits are made of, by their v2 names; v1 calls ``io`` ``blkio``."""
@@ -160,9 +162,9 @@ def _readonly(mount: Path) -> Finding:
 
 def _try_unified(kind: str, unified: Path) -> dict[str, Finding]:
     """Make a cgroup and look at what it offers."""
-    probe = unified / f"{PARENT}.probe.{os.getpid()}"
+    probe = unified / f"{PROBE}{os.getpid()}"
     try:
-        probe.mkdir()
+        probe.mkdir(exist_ok=True)  # somebody of this number may have been killed here
     except OSError as error:
         if os.statvfs(unified).f_flag & os.ST_RDONLY:
             no = _readonly(unified)

@@ -9,7 +9,11 @@ from pathlib import Path
 def snapshot() -> dict[str, list[str]]:
     """Cgroups, interfaces, tables, mounts, state, switches: sorted names, ours only."""
     cgroups = sorted(
-        str(path) for root in _cgroup_roots() for path in root.glob("mis/*") if path.is_dir()
+        str(path)
+        for root in _cgroup_roots()
+        for pattern in ("mis/*", "mis.probe.*")
+        for path in root.glob(pattern)
+        if path.is_dir()
     )
     interfaces = sorted(
         entry.name for entry in Path("/sys/class/net").iterdir() if entry.name.startswith("mis")

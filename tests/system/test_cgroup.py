@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from mis_run import cgroup, cgroup_kill, cgroup_systemd
 from mis_run.cgroup import Cgroup
+from mis_run.cgroup_detect import PROBE
 from mis_run.errors import SetupError
 from mis_run.linux import programs
 from mis_run.model import Host
@@ -397,6 +398,27 @@ def test_gc_removes_only_dead_runs() -> None:
             assert left(dead) == []
             assert left(other)
             assert cgroup.gc(ours | {live}) == []
+
+
+def test_gc_removes_what_a_killed_probe_left() -> None:
+    """The cgroup of a process that is gone; that of one that is there stays, and is no obstacle."""
+    assert UNIFIED is not None
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left_behind, of_the_living = (UNIFIED / f"{PROBE}{pid}" for pid in (ended.pid, os.getpid()))
+    ours = {path.name for top in TOPS for path in top.glob("mis/*")}
+    left_behind.mkdir()
+    of_the_living.mkdir()
+    try:
+        assert cgroup.gc(ours) == [left_behind.name]
+        assert not left_behind.exists()
+        assert of_the_living.exists()
+        assert cgroup.supported(*cgroup.detect())["cgroup-v2"].ok
+        assert not of_the_living.exists()  # it was taken for our own
+    finally:
+        for path in (left_behind, of_the_living):
+            with suppress(FileNotFoundError):
+                path.rmdir()
 
 
 READ_ONLY = """
