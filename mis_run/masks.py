@@ -68,11 +68,8 @@ def normal(pattern: str) -> str | None:
     return pattern if pattern.startswith("/") and "**" not in pattern else None
 
 
-def find(root: str, pattern: str, links: Links | None = None) -> set[str]:
-    """Everything in ``root`` that a `normal` pattern names, links followed; never ``/`` itself.
-
-    ``links``: as for `resolve`.
-    """
+def find(root: str, pattern: str) -> set[str]:
+    """Everything in ``root`` that a `normal` pattern names, links followed; never ``/`` itself."""
     places = {"/"}
     for part in pattern.strip("/").split("/"):
         found: set[str] = set()
@@ -85,7 +82,7 @@ def find(root: str, pattern: str, links: Links | None = None) -> set[str]:
                 try:
                     # `place` has no links: only the last component can be one.
                     if name in ("", ".", "..") or stat.S_ISLNK(os.lstat(f"{root}{path}").st_mode):
-                        path = resolve(root, path, links)
+                        path = resolve(root, path)
                         os.lstat(f"{root}{path}")
                 except OSError:
                     continue  # not there: nothing to hide
@@ -104,10 +101,9 @@ def _names(folder: str) -> list[str]:
 def find_all(root: str, patterns: Iterable[str]) -> dict[str, bool]:
     """path → whether it is a folder, without what lies below another found folder."""
     found: dict[str, bool] = {}
-    links: Links = {}
     for text in patterns:
         if pattern := normal(text):
-            for path in find(root, pattern, links):
+            for path in find(root, pattern):
                 found[path] = stat.S_ISDIR(os.lstat(f"{root}{path}").st_mode)
     return {path: folder for path, folder in found.items() if not _below(path, found)}
 

@@ -43,21 +43,22 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def ran(
+    argv: list[str], cwd: Path, said: str, *, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """A command that is told something, to its end."""
+    return subprocess.run(
+        argv, cwd=cwd, input=said, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
 @pytest.mark.parametrize("line", commands())
 def test_readme_command(line: str, clone: Path) -> None:
     """The command ends with code 0 and leaves nothing but the workspace's own files."""
     before = snapshot()
     if line == "./mis explain":
         line = "./mis explain --json"
-    done = subprocess.run(
-        shlex.split(line),
-        cwd=clone,
-        input="exit\n",
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = ran(shlex.split(line), clone, "exit\n", timeout=120)
     assert done.returncode == 0, (done.stdout[-800:], done.stderr[-800:])
     assert "Traceback" not in done.stderr
     assert snapshot() == before
@@ -114,15 +115,7 @@ def test_modules_that_an_agent_leaves_in_our_checkout_are_nobodys(clone: Path) -
     for line in STARTS:
         name, *words = line.split()
         for cwd in (clone, Path("/")):
-            done = subprocess.run(
-                [str(clone / name), *words],
-                cwd=cwd,
-                input="{}",
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
+            done = ran([str(clone / name), *words], cwd, "{}", timeout=60)
             assert "PLANTED" not in done.stderr, (line, done.stderr)
     on_path = f"import sys; sys.path.append({str(clone)!r}); import copy, mis_run.units"
     python = str(clone / ".venv/bin/python")
