@@ -71,7 +71,7 @@ def caller(spec: str | None, environ: Mapping[str, str]) -> Caller:
 def probe() -> Host:
     """Try every mechanism once."""
     kind, unified, controllers = cgroup.detect()
-    chosen = runtime.find(kind)
+    chosen = runtime.find()
     mechanisms: dict[str, Finding] = {
         "root": _root(),
         "runtime": chosen.finding,

@@ -69,6 +69,7 @@ def run(plan: Plan, *, quiet: bool = False) -> Ending:
 
         kernel.prepare()
     rootfs.isolate()
+    runtime.suit(plan.runtime())
     runtime.subreaper()
     gc.sweep()
     with (

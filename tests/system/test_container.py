@@ -76,7 +76,7 @@ def make_plan(spec: dict[str, Any]) -> Plan:
 
 @contextmanager
 def container(spec: dict[str, Any]) -> Iterator[runtime.Box]:
-    chosen = runtime.find(cgroup.detect()[0])
+    chosen = runtime.find()
     assert chosen.path, chosen.finding
     plan = make_plan(spec)
     run_id = secrets.token_hex(4)
@@ -127,6 +127,7 @@ def supervise(spec: dict[str, Any]) -> int:
     from mis_run import supervise, terminal
 
     rootfs.isolate()
+    runtime.suit(runtime.find().path or Path())
     runtime.subreaper()
     with supervise.loop() as loop, container(spec) as box:
         box.start()
