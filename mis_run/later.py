@@ -3,7 +3,7 @@ another process costs nothing while we do something else (ctypes and waiting rel
 
 from __future__ import annotations
 
-import threading
+import _thread  # `threading` would have us wait until the thread has begun
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -17,22 +17,26 @@ class Later(Generic[T]):
         self._function = function
         self._result: list[T] = []
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+        self._running = _thread.allocate_lock()
+        self._running.acquire()
+        _thread.start_new_thread(self._run, ())
 
     def _run(self) -> None:
         try:
             self._result.append(self._function())
         except BaseException as error:  # noqa: BLE001 - raised again by `result`
             self._error = error
+        finally:
+            self._running.release()
 
     def wait(self) -> None:
         """Wait without raising, before undoing what the function did."""
-        self._thread.join()
+        with self._running:
+            return
 
     def result(self) -> T:
         """What the function returned, once it has."""
-        self._thread.join()
+        self.wait()
         if self._error is not None:
             raise self._error
         return self._result[0]

@@ -62,8 +62,6 @@ class Steps:
 
 def run(plan: Plan, *, quiet: bool = False) -> Ending:
     """Launch the plan's agent and follow it to its end."""
-    # Threads that wait for the kernel hand over at once, not after the default 5 ms.
-    sys.setswitchinterval(0.0005)
     if plan.uses("bpf-lsm"):
         from mis_run.guards import kernel
 
@@ -132,6 +130,7 @@ def _launch(
     with ExitStack() as stack:
         on = stack.enter_context
         loop = on(supervise.loop())
+        index = on(network.reserve(plan.network, run_dir.id))
         loading = Later(lambda: net.load(plan.network, enforce=enforce))
         group = on(cgroup.create(run_dir.id, plan.host, plan.limits.controllers()))
         steps.done("cgroup")
@@ -145,7 +144,7 @@ def _launch(
             )
         )
         steps.done("watchdog")
-        link = on(network.create(plan.network, run_dir.id))
+        link = on(network.create(plan.network, run_dir.id, index))
         guarding = Later(lambda: _guard_net(loading.result(), group, link))
         steps.done("network")
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
@@ -239,7 +238,10 @@ def _launch(
         dog.watching(held)
         steps.done("watched")
         netns = link.netns if link else None
-        on(names.serve_plan(plan.network, netns, guard.update, follower.emit_soon, enforce=enforce))
+        answering = names.serve_plan(
+            plan.network, netns, guard.update, follower.emit_soon, enforce=enforce
+        )
+        stop_answering = on(answering)
         on(control.serve(loop, run_dir.path / "control.sock", requests.handler(follower)))
         on(supervise.signals(loop, follower.signal))
         follower.on_resize = on(terminal.relay(loop, box.pty))
@@ -254,6 +256,7 @@ def _launch(
         steps.done("agent")
         loop.until(lambda: follower.ending is not None)
         dog.pause()  # the agent is gone: undoing takes as long as it takes
+        stop_answering()
         if link:
             link.leave()
         steps.done("followed")

@@ -73,7 +73,9 @@ class Names:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop answering; waits for the thread, which never blocks for long."""
+        """Stop answering, once; waits for the thread, which never blocks for long."""
+        if self._stop:
+            return
         self._stop = True
         self._waker.send(b"x")
         self._thread.join()
@@ -235,8 +237,9 @@ def serve_plan(
     *,
     enforce: bool,
     address: str = asked.OWN,
-) -> Iterator[None]:
-    """Resolve a plan's names, and answer the agent inside ``netns``, until the context ends.
+) -> Iterator[Callable[[], None]]:
+    """Resolve a plan's names, and answer the agent inside ``netns``, until the context ends or what
+    it gives is called.
 
     In host mode (no ``netns``) the agent asks the host's resolver, which a rule must allow.
     ``enforce`` false: names that no rule has are resolved for the agent too, with an event.
@@ -244,7 +247,7 @@ def serve_plan(
     """
     wanted = of(plan.allow)
     if plan.mode is NetMode.NONE or (netns is None and not wanted):
-        yield
+        yield lambda: None
         return
     resolvers = upstream(plan.resolvers)
     served = Names(
@@ -259,7 +262,7 @@ def serve_plan(
     )
     served.start()
     try:
-        yield
+        yield served.close
     finally:
         served.close()
 

@@ -16,12 +16,30 @@ from mis_run.linux import libc
 T = TypeVar("T")
 
 
+_spare: list[int] = []  # made to see that it can be, and not used yet
+
+
+def prepare() -> None:
+    """Make one for the next `make`: trying it costs nothing then. Raises SetupError."""
+    if not _spare:
+        _spare.append(make())
+
+
+def forget() -> None:
+    """Give up what `prepare` made."""
+    while _spare:
+        os.close(_spare.pop())
+
+
 def make() -> int:
     """A new network namespace with loopback up; its descriptor. Raises SetupError.
 
     Made by a thread that never comes back to our namespace: unshare(2) and setns(2) concern the
     calling thread alone, so the rest of the process does not move.
     """
+
+    if _spare:
+        return _spare.pop()
 
     def body() -> int:
         libc.unshare(libc.CLONE_NEWNET)

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mis_run import namespace, nft, rules, shared
@@ -37,8 +37,8 @@ class Link:
     address6: str | None = None
     connected: Later[int] | None = None  # our end's index, being connected in the background
     leave: Callable[[], None] = lambda: None
-    """Begin to disconnect, in the background: the kernel takes its time, and other things can be
-    undone meanwhile. For when the agent has ended."""
+    """Begin to disconnect, and let go of the namespace: the kernel takes its time, and other things
+    can be undone meanwhile. For when the agent has ended."""
 
     def ifindex(self) -> int:
         """The index of our end, once the namespace is connected. Raises SetupError."""
@@ -56,10 +56,11 @@ class Link:
 
 
 def supported() -> dict[str, Finding]:
-    """``netns``, ``nftables``, ``ipv6``: a namespace is really made, a netlink socket opened."""
+    """``netns``, ``nftables``, ``ipv6``: a namespace is really made, the one that `create` will use,
+    and a netlink socket opened."""
     found = {"ipv6": _ipv6()}
     try:
-        os.close(namespace.make())
+        namespace.prepare()
         found["netns"] = Finding(True, "a network namespace can be made")
     except (OSError, SetupError) as error:
         fix = "inside a container, mis-run needs --privileged or CAP_SYS_ADMIN"
@@ -118,38 +119,57 @@ def host_addresses() -> tuple[str, ...]:
 
 
 @contextmanager
-def create(plan: NetPlan, run_id: str) -> Iterator[Link | None]:
-    """The agent's network; None in host mode. Raises SetupError."""
+def reserve(plan: NetPlan, run_id: str) -> Iterator[int]:
+    """The run's address index, its own until the interface that has the address is gone.
+
+    First of all to be entered: the kernel takes its time, in which everything else can be undone.
+    Raises SetupError.
+    """
+    if plan.mode is not NetMode.GUARDED:
+        yield 0
+        return
+    with ExitStack() as stack:
+        index = shared.claim(run_id)
+        stack.callback(shared.release, {run_id})
+        stack.callback(_see_gone, f"mis-{run_id}")
+        yield index
+
+
+@contextmanager
+def create(plan: NetPlan, run_id: str, index: int) -> Iterator[Link | None]:
+    """The agent's network, with the addresses of ``index``; None in host mode.
+
+    Raises SetupError.
+    """
     if plan.mode is NetMode.HOST:
+        namespace.forget()
         yield None
         return
+    netns = namespace.make()
     if plan.mode is NetMode.NONE:
-        netns = namespace.make()
         try:
             yield Link(netns)
         finally:
             os.close(netns)
         return
-    index = shared.claim(run_id)
-    try:
-        netns = namespace.make()
+    with ExitStack() as stack:
+        stack.callback(os.close, netns)
         link = _connect(plan, run_id, index, netns)
+        stack.callback(link.wait)
         leaving: list[Later[None]] = []
 
         def leave() -> None:
-            if not leaving:
-                leaving.append(Later(lambda: _unshare(link, run_id, local=bool(_services(plan)))))
+            if leaving:
+                return
+            link.wait()
+            leaving.append(Later(lambda: _unshare(link, run_id, local=bool(_services(plan)))))
+            stack.close()
 
         try:
             yield replace(link, leave=leave)
         finally:
             leave()
-            link.wait()
-            os.close(netns)
-            _see_gone(link.interface)
             leaving[0].result()
-    finally:
-        shared.release({run_id})
 
 
 def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
@@ -204,7 +224,6 @@ def _unshare(link: Link, run_id: str, *, local: bool) -> None:
 
     The kernel needs 20 ms for either.  The address index stays taken meanwhile.
     """
-    link.wait()
     with shared.locked() as lock:
         if set(shared.indices().values()) == {run_id}:
             shared.unshare(lock)

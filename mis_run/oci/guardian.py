@@ -108,7 +108,6 @@ def _be_supervisor(order: Order, channel: socket.socket) -> None:
     caller = _Caller(channel)
     try:
         _detach(channel.fileno())
-        sys.setswitchinterval(0.0005)
         _claim_and_guard(order, caller)
         code = 0
     except MisError as error:

@@ -22,6 +22,7 @@ from mis_run import (
     host,
     liveness,
     names,
+    namespace,
     network,
     report,
     requests,
@@ -175,6 +176,7 @@ def _guarded(
         loading = Later(lambda: net.load(_network(order), enforce=enforce))
         stack.callback(loading.wait)
         machine = host.probe()
+        namespace.forget()  # the container has its own
         plan = planning.of(order, machine)
         planning.check(plan, by_hook=order.by_hook)
         resolver = own_address(run_dir.id)
