@@ -198,7 +198,7 @@ def _release_runc(fifo: Path, pidfd: int) -> bool:
     return released
 
 
-def _release_crun(fifo: Path, pidfd: int) -> bool:  # noqa: ARG001 - as the other one
+def _release_crun(fifo: Path, pidfd: int) -> bool:
     """The same for crun, whose init reads the byte that `crun start` writes, the fifo being gone
     by then (libcrun_status_write_exec_fifo in src/libcrun/status.c)."""
     try:

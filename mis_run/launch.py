@@ -130,7 +130,7 @@ def _launch(
     with ExitStack() as stack:
         on = stack.enter_context
         loop = on(supervise.loop())
-        index = on(network.reserve(plan.network, run_dir.id))
+        addresses = on(network.reserve(plan.network, run_dir.id))
         loading = Later(lambda: net.load(plan.network, enforce=enforce))
         group = on(cgroup.create(run_dir.id, plan.host, plan.limits.controllers()))
         steps.done("cgroup")
@@ -144,7 +144,7 @@ def _launch(
             )
         )
         steps.done("watchdog")
-        link = on(network.create(plan.network, run_dir.id, index))
+        link = on(network.create(plan.network, run_dir.id, addresses))
         guarding = Later(lambda: _guard_net(loading.result(), group, link))
         steps.done("network")
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))

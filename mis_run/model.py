@@ -263,6 +263,7 @@ class NetPlan:
     listen: tuple[str, ...]
     resolvers: tuple[str, ...]
     host_addresses: tuple[str, ...]  # denied unless a rule names them at least as exactly
+    forwards: bool = True  # False: no packet may leave, so the machine is left as it is
 
 
 @dataclass(frozen=True, kw_only=True)

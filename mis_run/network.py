@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from mis_run import namespace, nft, rules, shared
@@ -56,8 +57,8 @@ class Link:
 
 
 def supported() -> dict[str, Finding]:
-    """``netns``, ``nftables``, ``ipv6``: a namespace is really made, the one that `create` will use,
-    and a netlink socket opened."""
+    """``netns``, ``veth``, ``nftables``, ``ipv6``: a namespace is really made, which `create` will
+    use, and a netlink socket opened."""
     found = {"ipv6": _ipv6()}
     try:
         namespace.prepare()
@@ -65,14 +66,17 @@ def supported() -> dict[str, Finding]:
     except (OSError, SetupError) as error:
         fix = "inside a container, mis-run needs --privileged or CAP_SYS_ADMIN"
         found["netns"] = Finding(False, f"no network namespace: {error}", fix)
-    missing = [name for name in ("nft", "ip") if programs.find(name) is None]
+    for mechanism, program, package in (
+        ("veth", "ip", "iproute2"),
+        ("nftables", "nft", "nftables"),
+    ):
+        path = programs.find(program)
+        text = path or f"not installed: {program}"
+        found[mechanism] = Finding(path is not None, text, f"apt-get install {package}")
     try:
         socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12).close()  # NETLINK_NETFILTER
     except OSError as error:
         found["nftables"] = Finding(False, f"the kernel has no nftables: {error.strerror}")
-    else:
-        text = f"not installed: {', '.join(missing)}" if missing else programs.find("nft") or ""
-        found["nftables"] = Finding(not missing, text, "apt-get install nftables iproute2")
     return found
 
 
@@ -118,58 +122,59 @@ def host_addresses() -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-@contextmanager
-def reserve(plan: NetPlan, run_id: str) -> Iterator[int]:
-    """The run's address index, its own until the interface that has the address is gone.
+@dataclass(frozen=True)
+class Reserved:
+    """A run's addresses, by their index, and what must be finished before they are another's."""
 
-    First of all to be entered: the kernel takes its time, in which everything else can be undone.
+    index: int
+    leaving: list[Later[None]]
+
+
+@contextmanager
+def reserve(plan: NetPlan, run_id: str) -> Iterator[Reserved]:
+    """The run's addresses, its own until the interface that has them is gone.
+
+    To be entered first: the kernel takes its time, in which everything else can be undone.
     Raises SetupError.
     """
     if plan.mode is not NetMode.GUARDED:
-        yield 0
+        yield Reserved(0, [])
         return
     with ExitStack() as stack:
-        index = shared.claim(run_id)
+        held = Reserved(shared.claim(run_id), [])
         stack.callback(shared.release, {run_id})
+        stack.callback(lambda: [one.result() for one in held.leaving])
         stack.callback(_see_gone, f"mis-{run_id}")
-        yield index
+        yield held
 
 
 @contextmanager
-def create(plan: NetPlan, run_id: str, index: int) -> Iterator[Link | None]:
-    """The agent's network, with the addresses of ``index``; None in host mode.
-
-    Raises SetupError.
-    """
+def create(plan: NetPlan, run_id: str, held: Reserved) -> Iterator[Link | None]:
+    """The agent's network; None in host mode. Raises SetupError."""
     if plan.mode is NetMode.HOST:
         namespace.forget()
         yield None
         return
-    netns = namespace.make()
-    if plan.mode is NetMode.NONE:
-        try:
-            yield Link(netns)
-        finally:
-            os.close(netns)
-        return
     with ExitStack() as stack:
+        netns = namespace.make()
         stack.callback(os.close, netns)
-        link = _connect(plan, run_id, index, netns)
+        if plan.mode is NetMode.NONE:
+            yield Link(netns)
+            return
+        link = _connect(plan, run_id, held.index, netns)
         stack.callback(link.wait)
-        leaving: list[Later[None]] = []
 
         def leave() -> None:
-            if leaving:
-                return
             link.wait()
-            leaving.append(Later(lambda: _unshare(link, run_id, local=bool(_services(plan)))))
+            if plan.forwards and not held.leaving:
+                unshare = partial(_unshare, link.interface, run_id, local=bool(_services(plan)))
+                held.leaving.append(Later(unshare))
             stack.close()
 
         try:
             yield replace(link, leave=leave)
         finally:
             leave()
-            leaving[0].result()
 
 
 def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
@@ -202,14 +207,15 @@ def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
         routes += [f"route add ::/0 via {gateway6}"]
 
     def connect() -> int:
-        sharing = Later(lambda: shared.share(ipv6=plan.ipv6))
+        sharing = Later(lambda: shared.share(ipv6=plan.ipv6)) if plan.forwards else None
         try:
             namespace.within(netns, lambda: _settle(inside + routes, ipv6=plan.ipv6))
             _distrust(interface, ipv6=plan.ipv6)
             _batch(outside)
             found = socket.if_nametoindex(interface)
         finally:
-            sharing.result()
+            if sharing:
+                sharing.result()
         if services := _services(plan):
             with shared.locked() as lock:
                 nft.allow_local(interface, services, [lock])
@@ -219,7 +225,7 @@ def _connect(plan: NetPlan, run_id: str, index: int, netns: int) -> Link:
     return Link(netns, interface, address4, link_address6, Later(connect))
 
 
-def _unshare(link: Link, run_id: str, *, local: bool) -> None:
+def _unshare(interface: str, run_id: str, *, local: bool) -> None:
     """Take back what the agent has of the shared table; all of that, if we are the last.
 
     The kernel needs 20 ms for either.  The address index stays taken meanwhile.
@@ -228,7 +234,7 @@ def _unshare(link: Link, run_id: str, *, local: bool) -> None:
         if set(shared.indices().values()) == {run_id}:
             shared.unshare(lock)
         elif local:
-            nft.forget_local(link.interface, [lock])
+            nft.forget_local(interface, [lock])
 
 
 def _see_gone(interface: str) -> None:

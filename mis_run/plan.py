@@ -23,7 +23,7 @@ from mis_run.model import (
     Mechanism,
     NetMode,
     NetPlan,
-    Network,
+    OnLoss,
     Options,
     Plan,
     Profile,
@@ -37,15 +37,16 @@ BASICS = ("root", "cgroup-v2", "runtime", "overlay")
 
 NET_MECHANISMS: Mapping[NetMode, tuple[str, ...]] = {
     NetMode.NONE: ("netns", "cgroup-bpf"),
-    NetMode.GUARDED: ("netns", "nftables", "cgroup-bpf", "xdp"),
+    NetMode.GUARDED: ("netns", "veth", "cgroup-bpf", "xdp"),
     NetMode.HOST: ("cgroup-bpf",),
 }
+FORWARDING = "nftables"  # beside those, where a packet may leave
 
 # What `mis doctor` asks for each guarantee; a plan asks for what its profile uses.
 GIVEN_BY: Mapping[Guarantee, tuple[str, ...]] = {
     Guarantee.FILE: ("fanotify",),
     Guarantee.EXEC: ("fanotify",),
-    Guarantee.NET: NET_MECHANISMS[NetMode.GUARDED],
+    Guarantee.NET: (*NET_MECHANISMS[NetMode.GUARDED], FORWARDING),
     Guarantee.ESCAPE: ("runtime", "seccomp-notify"),
     Guarantee.LIMITS: ("memory", "cpu", "pids"),
     Guarantee.COUNTERS: ("perf-cgroup",),
@@ -72,7 +73,7 @@ def make(
     if options.workdir is not None:
         _check_workspace(options.workdir, caller)
     cwd = options.workdir or Path(image.workdir if image else "/")
-    network = _network(profile.network, host)
+    network = _network(profile, host)
     limits = _limits(profile.limits, host, options.allow_missing)
     facts = {"HOME": caller.user.home, "WORKSPACE": str(cwd)}
     secrets = () if image else ("@secrets",)
@@ -195,7 +196,8 @@ def _check_workspace(workdir: Path, caller: Caller) -> None:
             raise UsageError(f"{workdir} cannot be the agent's workspace", hint=hint)
 
 
-def _network(network: Network, host: Host) -> NetPlan:
+def _network(profile: Profile, host: Host) -> NetPlan:
+    network = profile.network
     parsed = [rules.parse(text) for text in network.allow]
     wants_v6 = any(rule.family != 4 for rule in parsed)
     return NetPlan(
@@ -205,6 +207,12 @@ def _network(network: Network, host: Host) -> NetPlan:
         listen=network.listen,
         resolvers=network.resolvers,
         host_addresses=host.addresses,
+        forwards=network.mode is NetMode.GUARDED
+        and (
+            bool(network.allow)
+            or not profile.enforce
+            or profile.liveness.on_loss is OnLoss.OPEN  # which goes on as audit
+        ),
     )
 
 
@@ -270,6 +278,7 @@ def _mechanisms(
     missing = Finding(False, "not part of this version")
     wanted: list[tuple[Guarantee, str]] = []
     wanted += [(Guarantee.NET, name) for name in NET_MECHANISMS[network.mode]]
+    wanted += [(Guarantee.NET, FORWARDING)] if network.forwards else []
     asked = _limits(profile.limits, host, frozenset())
     wanted += [(Guarantee.LIMITS, controller) for controller in asked.controllers()]
     wanted += [(Guarantee.COUNTERS, "perf-cgroup")] if profile.counters else []

@@ -77,6 +77,8 @@ def plan(made: Plan) -> str:
     }
     lines.append(f"network      {kind[net.mode]}")
     lines += [f"  allow      {rule}" for rule in net.allow]
+    if net.mode is NetMode.GUARDED and not net.forwards:
+        lines.append("  allow      nothing: the machine's forwarding and nftables are not touched")
     lines.append(f"  listen     {', '.join(net.listen) or 'nothing'}")
     given = [
         f"memory {size(limits.memory)}" if limits.memory else "",

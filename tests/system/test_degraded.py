@@ -42,7 +42,10 @@ CASES = {
         ("needs root", "sudo ./mis-run"),
     ),
     "no runtime": (f"MIS_RUNTIME=/nonexistent {RUN} -- true", ("OCI runtime", "install runc")),
-    "no nftables": (f"unshare -m sh -c '{NO_NFT}; {RUN} -- true'", ("nft", "--net none")),
+    "no nftables": (
+        f"unshare -m sh -c '{NO_NFT}; {RUN} --allow-net 198.51.100.1:1 -- true'",
+        ("nft", "--net none"),
+    ),
     "read-only cgroups": (
         f"unshare -m sh -c '{READ_ONLY}; {RUN} -- true'",
         ("read-only", "--privileged"),
@@ -78,6 +81,7 @@ def test_refused_with_the_reason_and_the_next_step(name: str, workspace: Path) -
 
 
 WORKS = {
+    "no nftables, no destination": f"unshare -m sh -c '{NO_NFT}; {RUN} -- echo here'",
     "no nftables, no network": f"unshare -m sh -c '{NO_NFT}; {RUN} --net none -- echo here'",
     "limits waived": (f"unshare -m sh -c '{V2_ONLY}; {RUN} --allow-missing limits -- echo here'"),
     "IPv6 off": (

@@ -84,7 +84,7 @@ def plan(*allow: str, mode: str = "guarded", ipv6: bool = False, own: str = HERE
 @contextmanager
 def agent(a_plan: NetPlan, name: str = "") -> Iterator[network.Link]:
     name = name or run_id()
-    with network.reserve(a_plan, name) as index, network.create(a_plan, name, index) as link:
+    with network.reserve(a_plan, name) as held, network.create(a_plan, name, held) as link:
         assert link is not None
         link.ifindex()
         yield link
@@ -235,7 +235,7 @@ def test_a_namespace_that_lives_on_keeps_no_interface() -> None:
 @on_a_machine
 def test_no_network_means_loopback_only() -> None:
     """Mode none has a working loopback and nothing else, and shares nothing."""
-    with network.create(plan(mode="none"), run_id(), 0) as link:
+    with network.create(plan(mode="none"), run_id(), network.Reserved(0, [])) as link:
         assert link is not None
         names = sh("ip -o link | cut -d: -f2", link.netns).split()
         serve(link.netns)
@@ -634,6 +634,7 @@ def test_supported_tries() -> None:
     """The three mechanisms are found here; without nft the missing program is named."""
     assert {name: found.ok for name, found in network.supported().items()} == {
         "netns": True,
+        "veth": True,
         "nftables": True,
         "ipv6": True,
     }

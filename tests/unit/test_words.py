@@ -22,7 +22,18 @@ KIM = Caller(
     {"PATH": "/home/kim/bin:/usr/bin:relative", "LANG": "C.UTF-8", "TOKEN": "secret"},
 )
 ALL = (
-    *("root", "cgroup-v2", "runtime", "overlay", "netns", "nftables", "cgroup-bpf", "xdp", "ipv6"),
+    *(
+        "root",
+        "cgroup-v2",
+        "runtime",
+        "overlay",
+        "netns",
+        "veth",
+        "nftables",
+        "cgroup-bpf",
+        "xdp",
+        "ipv6",
+    ),
     *("memory", "cpu", "pids", "io", "perf-cgroup", "seccomp-notify", "watchdog"),
     *("fanotify", "landlock-scope"),
 )
@@ -110,12 +121,23 @@ def test_required_guarantees_refuse_unless_waived(missing: str, guarantee: Guara
     plan.check(make(machine(missing), allow_missing=frozenset(waived)))
 
 
-@pytest.mark.parametrize("missing", ["cgroup-bpf", "xdp", "nftables", "netns"])
+@pytest.mark.parametrize("missing", ["cgroup-bpf", "xdp", "veth", "nftables", "netns"])
 def test_a_network_without_its_guard_is_never_given(missing: str) -> None:
     """The network guard cannot be waived; going without a network is the way."""
+    allow = ("198.51.100.1:443",)
     with pytest.raises(MissingGuarantee) as raised:
-        plan.check(make(machine(missing), allow_missing=frozenset(Guarantee)))
+        plan.check(make(machine(missing), allow_missing=frozenset(Guarantee), allow_net=allow))
     assert "--net none" in raised.value.hint
+
+
+def test_forwarding_only_where_a_packet_may_leave() -> None:
+    """Without a destination the machine's forwarding is not needed, nor is nftables."""
+    assert not make().network.forwards
+    plan.check(make(machine("nftables")))
+    assert "are not touched" in show.plan(make())
+    assert make(allow_net=("198.51.100.1:443",)).network.forwards
+    assert "are not touched" not in show.plan(make(allow_net=("api.example:1",)))
+    assert not make(net=NetMode.NONE).network.forwards
 
 
 def test_ipv6_only_where_a_rule_needs_it() -> None:
