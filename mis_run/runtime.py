@@ -56,8 +56,8 @@ def find() -> Chosen:
         path = programs.find(name)
         if path is not None and (wanted or name == "runc" or _suits(Path(path))):
             return Chosen(Path(path), Finding(True, path))
-    missing = f"no OCI runtime: {wanted or 'neither crun nor runc'} is not installed"
-    return Chosen(None, Finding(False, missing, "apt-get install crun"))
+    why = f"{wanted or 'neither runc nor a crun of 0.20 or newer'} is not installed"
+    return Chosen(None, Finding(False, f"no OCI runtime: {why}", "apt-get install runc"))
 
 
 def _suits(crun: Path) -> bool:

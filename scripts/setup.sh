@@ -120,7 +120,8 @@ needed_packages() {
     have nft || missing+=(nftables)
     have ip || missing+=(iproute2)
     have setpriv || missing+=(util-linux)
-    have runc || have crun || missing+=(runc)
+    have crun || missing+=(crun)
+    have runc || missing+=(runc) # engines' own, and for a crun before 0.20
     have ld || missing+=(binutils)
     [ -e /usr/include/bpf/bpf_helpers.h ] || missing+=(libbpf-dev)
     compgen -G '/usr/lib/*/libc.a' >/dev/null || [ -e /usr/lib/libc.a ] || missing+=(libc6-dev)

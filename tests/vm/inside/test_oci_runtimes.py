@@ -1,6 +1,6 @@
 """`mis-oci-runtime` on a host with cgroup v2 only, in front of each OCI runtime it delegates to.
 
-crun does not run where v1 controllers are mounted, so the development machine cannot try it.  It
+The development machine mounts v1 controllers too, where only a launch makes room for crun.  It
 installs a container's filter when that is started, runc when it is made.
 """
 

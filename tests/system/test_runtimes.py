@@ -1,7 +1,7 @@
-"""Real launches on a host with cgroup v2 only, with each OCI runtime that mis-run can use.
+"""Real launches with each OCI runtime that mis-run can use; the machine's cgroups may be v2 only
+(the virtual machine runs them too) or hybrid.
 
-crun does not run where v1 controllers are mounted, so the development machine cannot try it. The
-host plane is asked for: it is the one that needs descriptors from the runtime.
+The host plane is asked for: it is the one that needs descriptors from the runtime.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def test_every_guard(runtime: str, workspace: Path) -> None:
         rules = options(workspace, RULES, "guarded")
         rules += ("--allow-net", f"{HOST4}:7001/tcp")
         done = run(*PYTHON, ACTS, HOST4, "inside", cwd=workspace, options=rules, timeout=100)
-        *lines, place = done.out.splitlines()
-        acts = dict(line.rsplit(" ", 1) for line in lines)
+        lines = done.out.splitlines()
+        acts = dict(line.rsplit(" ", 1) for line in lines if ":" not in line)
         refused = ("secret", "outlaw", "other port", "raw", "mount", "algorithms")
         allowed = ("file", "program", "port")
         assert acts | {"algorithms": "EPERM"} == {
@@ -74,13 +74,14 @@ def test_every_guard(runtime: str, workspace: Path) -> None:
             **dict.fromkeys(allowed, "OK"),
         }, done.err
         assert acts["algorithms"] == "EAFNOSUPPORT"  # what a kernel without them says
-        assert place == "0::/"
+        assert {line.split(":", 2)[2] for line in lines if ":" in line} == {"/"}  # its cgroups
         assert done.code == 7
         assert there.got() == ["from inside"]
         # The control: nothing of that is refused to whom no rule binds.
         argv = [*PYTHON, ACTS, HOST4, "outside"]
         free = subprocess.run(argv, cwd=workspace, capture_output=True, text=True, check=False)
-        control = dict(line.rsplit(" ", 1) for line in free.stdout.splitlines()[:-1])
+        tried = [line for line in free.stdout.splitlines() if ":" not in line]
+        control = dict(line.rsplit(" ", 1) for line in tried)
         assert {control[name] for name in (*refused, *allowed) if name != "algorithms"} == {"OK"}
     kinds = {one["kind"].partition(".")[0] for one in done.denied()}
     assert kinds == {"file", "exec", "net", "escape"}
