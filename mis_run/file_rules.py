@@ -66,12 +66,15 @@ class Verdict:
 
 @dataclass
 class Rules:
-    """Compiled rules of one right. Immutable after `compile_rules`."""
+    """Rules of one right, ready to judge. Immutable after `compile_rules`.
+
+    Regular expressions are texts: `re` compiles one, and keeps it, when a path first meets it.
+    """
 
     under: dict[str, list[Rule]] = field(default_factory=dict)  # path without wildcards → rules
-    wild: dict[str, list[tuple[re.Pattern[str], Rule]]] = field(default_factory=dict)  # by folder
-    floating: list[tuple[re.Pattern[str], Rule]] = field(default_factory=list)
-    _any_floating: re.Pattern[str] | None = None
+    wild: dict[str, list[tuple[str, Rule]]] = field(default_factory=dict)  # by folder
+    floating: list[tuple[str, Rule]] = field(default_factory=list)
+    _any_floating: str = ""
 
     def judge(self, path: str) -> Verdict:
         """The verdict on an absolute, normalized path."""
@@ -90,14 +93,14 @@ class Rules:
                     EXACT if exact and _is_path(rule) else ANCHORED, _literal(rule.pattern), rule
                 )
             for regex, rule in self.wild.get(place, ()):
-                if regex.fullmatch(path):
+                if re.fullmatch(regex, path):
                     consider(ANCHORED, _literal(rule.pattern), rule)
             if place == "/":
                 break
             place, exact = place.rpartition("/")[0] or "/", False
-        if self._any_floating and self._any_floating.fullmatch(path):
+        if self._any_floating and re.fullmatch(self._any_floating, path):
             for regex, rule in self.floating:
-                if regex.fullmatch(path):
+                if re.fullmatch(regex, path):
                     consider(FLOATING, len(rule.pattern), rule)
         return Verdict(decided)
 
@@ -107,16 +110,16 @@ def compile_rules(rules: Iterable[Rule]) -> Rules:
     made = Rules()
     for rule in rules:
         if floats(rule.pattern):
-            made.floating.append((re.compile(anywhere(rule.pattern)), rule))
+            made.floating.append((anywhere(rule.pattern), rule))
         elif WILD.search(rule.pattern.removesuffix("/**")):
             folder = rule.pattern[: _literal(rule.pattern)].rpartition("/")[0] or "/"
-            made.wild.setdefault(folder, []).append((re.compile(translate(rule.pattern)), rule))
+            made.wild.setdefault(folder, []).append((translate(rule.pattern), rule))
         else:
             # "/usr" and "/usr/**" differ only in that the first also names the folder itself
             # exactly; the trailing slash of the second makes it the more specific one below.
             made.under.setdefault(rule.pattern.removesuffix("/**") or "/", []).append(rule)
     if made.floating:
-        made._any_floating = re.compile("|".join(f"(?:{r.pattern})" for r, _ in made.floating))
+        made._any_floating = "|".join(f"(?:{regex})" for regex, _ in made.floating)
     return made
 
 

@@ -33,6 +33,7 @@ class Layers:
         self.lower = "" if lower == Path("/") else os.fspath(lower)
         self.folder = folder
         self._links: masks.Links = {}  # of the layers below, which we do not change
+        self._made: set[str] = set()  # folders in the upper layers
         self.uppers: dict[str, Path] = {}
         for point in ("", *sorted(points)):
             self._add(point)
@@ -43,20 +44,21 @@ class Layers:
         self.uppers[point] = upper
         upper.with_name(f"{upper.name}.work").mkdir()
         upper.mkdir()
-        if source.is_dir():
-            _like(source, upper)
+        _like(str(source), str(upper))
 
     def _place(self, path: str) -> str:
         """Where ``path`` lies in the upper layer it belongs to, with the folders above it made
         as they are in the layer below: the upper one's owner and mode are what counts."""
         point = max((p for p in self.uppers if masks.within(path, p)), key=len)
         upper, inside = self.uppers[point], path[len(point) :]
-        for parent in list(Path(inside).parents)[-2::-1]:
-            above, below = Path(f"{upper}{parent}"), Path(f"{self.lower}{point}{parent}")
-            if not os.path.lexists(above):
-                above.mkdir()
-                if below.is_dir():
-                    _like(below, above)
+        end = inside.find("/", 1)
+        while end > 0:
+            above = f"{upper}{inside[:end]}"
+            if above not in self._made and not os.path.lexists(above):
+                os.mkdir(above)  # noqa: PTH102 - no Path: a launch makes dozens
+                _like(f"{self.lower}{point}{inside[:end]}", above)
+            self._made.add(above)
+            end = inside.find("/", end + 1)
         return f"{upper}{inside}"
 
     def folder_at(self, path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
@@ -65,12 +67,16 @@ class Layers:
         # A separate file system there or below is covered by simply not being mounted.
         for point in [p for p in self.uppers if p and masks.within(p, path)]:
             del self.uppers[point]
-        here = Path(self._place(path))
-        here.mkdir(exist_ok=True)
+        here = self._place(path)
+        try:
+            os.mkdir(here)  # noqa: PTH102
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(here).st_mode):
+                raise
         # Opaque: overlayfs does not merge it with the lower folder (overlayfs.rst).
         os.setxattr(here, "trusted.overlay.opaque", b"y")
         os.chown(here, uid, gid)
-        here.chmod(mode)
+        os.chmod(here, mode)  # noqa: PTH101 - the umask took bits from it
 
     def folder_unless(self, path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
         """An empty folder at ``path`` if nothing is there."""
@@ -114,9 +120,15 @@ class Layers:
         return emptied
 
 
-def _like(source: Path, target: Path) -> None:
-    """Give ``target`` the owner, mode, times and attributes of ``source``."""
-    facts = source.stat()
+def _like(source: str, target: str) -> None:
+    """Give the folder ``target`` the owner, mode, times and attributes of ``source``, if that is a
+    folder."""
+    try:
+        facts = os.stat(source)  # noqa: PTH116
+    except OSError:
+        return
+    if not stat.S_ISDIR(facts.st_mode):
+        return
     os.chown(target, facts.st_uid, facts.st_gid)
     if os.listxattr(source):
         import shutil  # late: a folder rarely has an access list, and it imports every compression
@@ -124,7 +136,7 @@ def _like(source: Path, target: Path) -> None:
         shutil.copystat(source, target)
         return
     os.utime(target, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    target.chmod(stat.S_IMODE(facts.st_mode))
+    os.chmod(target, stat.S_IMODE(facts.st_mode))  # noqa: PTH101
 
 
 def has_home(user: User) -> bool:

@@ -96,7 +96,8 @@ def container(spec: dict[str, Any]) -> Iterator[runtime.Box]:
             info=folder / "info",
             seccomp=seccomp.profile(),
             hidden=rootfs.hidden(plan),
-            protected=rootfs.protected(plan),
+            protected=(protected := rootfs.protected(plan)),
+            single=rootfs.single(plan, protected),
             files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         )
         config = bundle.config(plan, inside)
