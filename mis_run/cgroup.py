@@ -72,9 +72,12 @@ class Cgroup:
     def adopt(self, pid: int) -> None:
         """Make sure that ``pid`` is in the agent's v2 cgroup: in hybrid mode runtimes differ.
 
-        Raises SetupError when the kernel refuses (the process is gone).
+        Moving waits for an RCU grace period, looking does not.  Raises SetupError when the kernel
+        refuses (the process is gone).
         """
         try:
+            if f"0::{self.oci_path}\n" in Path(f"/proc/{pid}/cgroup").read_text():
+                return
             self.agent.mkdir(exist_ok=True)
             (self.agent / "cgroup.procs").write_text(str(pid))
         except OSError as error:

@@ -130,11 +130,12 @@ def _launch(
     with ExitStack() as stack:
         on = stack.enter_context
         loop = on(supervise.loop())
-        addresses = on(network.reserve(plan.network, run_dir.id))
+        last = on(ExitStack())  # the kernel takes its time for these: undone after all else
+        addresses = last.enter_context(network.reserve(plan.network, run_dir.id))
         loading = Later(lambda: net.load(plan.network, enforce=enforce))
         group = on(cgroup.create(run_dir.id, plan.host, plan.limits.controllers()))
         steps.done("cgroup")
-        dog = on(
+        dog = last.enter_context(
             liveness.arm(
                 loop,
                 settings.liveness,
@@ -143,6 +144,7 @@ def _launch(
                 record=record.fileno(),
             )
         )
+        stack.callback(dog.farewell)
         steps.done("watchdog")
         link = on(network.create(plan.network, run_dir.id, addresses))
         guarding = Later(lambda: _guard_net(loading.result(), group, link))
@@ -150,7 +152,7 @@ def _launch(
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
         steps.done("rootfs")
         plane = on(_kernel_plane(plan, group))  # lasts until the container is gone
-        stack.callback(dog.farewell)  # called when the container is undone
+        stack.callback(dog.farewell)  # as soon as the container is undone: it has nothing to watch
         streams = None if plan.tty else on(stdio.lent())
         inside = interior.describe(plan, run_dir.path, root, link, group)
         policy = cache(lambda: _while_waiting(plan, root))
