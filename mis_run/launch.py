@@ -149,12 +149,14 @@ def _launch(
         link = on(network.create(plan.network, run_dir.id, addresses))
         guarding = Later(lambda: _guard_net(loading.result(), group, link))
         steps.done("network")
+        group.expect()
         root = on(rootfs.mount(plan, run_dir.path, interior.etc(plan)))
         steps.done("rootfs")
         plane = on(_kernel_plane(plan, group))  # lasts until the container is gone
         stack.callback(dog.farewell)  # as soon as the container is undone: it has nothing to watch
         streams = None if plan.tty else on(stdio.lent())
         inside = interior.describe(plan, run_dir.path, root, link, group)
+        group.expect()  # again: the first one lasts 10 ms
         policy = cache(lambda: _while_waiting(plan, root))
         box = on(
             runtime.create(
