@@ -20,8 +20,10 @@ def run(words: dict[str, Any]) -> int:
 
     # Imported late: a wrong word should not pay for the engine.
     if not dry_run and options.image is None:  # unpacking forks: no threads before that
+        from mis_run import namespace
         from mis_run.guards import net
 
+        namespace.prepare()
         net.load_ahead()
     from mis_run import host, plan, profiles, startup
 

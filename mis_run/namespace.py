@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from mis_run.errors import SetupError
@@ -16,40 +17,37 @@ from mis_run.linux import libc
 T = TypeVar("T")
 
 
-_spare: list[int] = []  # made to see that it can be, and not used yet
+_ahead: list[Later[int]] = []  # made to see that it can be, and not used yet
 
 
-def prepare() -> None:
-    """Make one for the next `make`: trying it costs nothing then. Raises SetupError."""
-    if not _spare:
-        _spare.append(make())
+def prepare() -> Later[int]:
+    """Begin to make one, for the next `make`: trying it costs nothing then."""
+    if not _ahead:
+        _ahead.append(Later(_make))
+    return _ahead[0]
 
 
 def forget() -> None:
     """Give up what `prepare` made."""
-    while _spare:
-        os.close(_spare.pop())
+    while _ahead:
+        with suppress(OSError):
+            os.close(_ahead.pop().result())
 
 
 def make() -> int:
-    """A new network namespace with loopback up; its descriptor. Raises SetupError.
-
-    Made by a thread that never comes back to our namespace: unshare(2) and setns(2) concern the
-    calling thread alone, so the rest of the process does not move.
-    """
-
-    if _spare:
-        return _spare.pop()
-
-    def body() -> int:
-        libc.unshare(libc.CLONE_NEWNET)
-        loopback_up()
-        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-
+    """A new network namespace with loopback up; its descriptor. Raises SetupError."""
     try:
-        return Later(body).result()
+        return (_ahead.pop() if _ahead else Later(_make)).result()
     except OSError as error:
         raise SetupError(f"cannot make a network namespace: {error}", hint="mis doctor") from error
+
+
+def _make() -> int:
+    """In a thread that never comes back to our namespace: unshare(2) and setns(2) concern the
+    calling thread alone, so the rest of the process does not move."""
+    libc.unshare(libc.CLONE_NEWNET)
+    loopback_up()
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def within(netns: int, function: Callable[[], T]) -> T:

@@ -109,4 +109,4 @@ def _await_denials(before: Mapping[str, Mapping[str, int]], counters: Counters) 
             return
         if time.monotonic() > end:
             raise VerifyError(f"network guard {missed[0]}: a forbidden packet was not dropped")
-        time.sleep(0.001)
+        time.sleep(0.0002)
