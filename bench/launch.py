@@ -5,6 +5,8 @@
 One interleaved run; candidates that are not installed are named and left out.  "bare runc" is
 `runc run` of a bundle with the same namespaces on an overlay of the host's root that is already
 mounted; everything mis-run adds (overlay, network, guards, verification, watchdog) is on top.
+mis-run is measured as it is by default, where nothing may leave, and with a destination, for which
+the machine forwards and translates.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 
 from common import interleave, print_table
 
+SOMEWHERE = "192.0.2.1:443"  # a documentation address, RFC 5737: never asked
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -98,6 +101,10 @@ def candidates(folder: Path) -> dict[str, Callable[[], object]]:
             lambda: must(*mis, "--workdir", str(work), "--net", "none", "--", "true"),
         ),
         "mis-run": ("runc", lambda: must(*mis, "--workdir", str(work), "--", "true")),
+        "mis-run --allow-net …": (
+            "runc",
+            lambda: must(*mis, "--workdir", str(work), "--allow-net", SOMEWHERE, "--", "true"),
+        ),
     }
     found = {}
     for name, (program, act) in wanted.items():

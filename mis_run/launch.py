@@ -229,7 +229,8 @@ def _launch(
             held |= on(resume.offer(known, run_dir, box, guard, link))
         elif "file" in guards:
             box.hold(files.group)  # while a copy is open, opens wait for a verdict
-        for one in guards.values():
+        guard.verify(box.probe, box.probe_all)
+        for one in (one for one in guards.values() if one is not guard):
             one.verify(box.probe)
         if link and link.interface:
             guard.verify_xdp(link.netns)

@@ -244,14 +244,15 @@ class NetGuard:
 
     # ---- proof ----------------------------------------------------------------------------
 
-    def verify(self, probe: net_trials.Probe) -> None:
+    def verify(self, probe: net_trials.Probe, together: net_trials.Probes | None = None) -> None:
         """One forbidden act per hook, from inside the agent's cgroup: refused *and* counted.
 
-        Raises VerifyError.
+        ``together`` tries several acts at once, where the prober can. Raises VerifyError.
         """
-        net_trials.calls(probe, self.hook_count)
-        net_trials.sockets(probe, self.hook_count, enforce=self._enforce)
-        net_trials.packets(probe, self.hook_count, self._canaries_pass)
+        probes = together or (lambda acts: [probe(act) for act in acts])
+        net_trials.calls(probes, self.hook_count)
+        net_trials.sockets(probes, self.hook_count, enforce=self._enforce)
+        net_trials.packets(probes, self.hook_count, self._canaries_pass)
         self._forget_trials()
 
     def beat(self, probe: net_trials.Probe) -> None:

@@ -9,7 +9,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from mis_run import rules
@@ -18,6 +18,7 @@ from mis_run.guards import net_frames
 
 PATIENCE = 0.5  # seconds until a packet is counted: under load ksoftirqd takes it later
 Probe = Callable[[str], int]
+Probes = Callable[[Sequence[str]], list[int]]
 Counters = Callable[[str], Mapping[str, int]]
 """A hook's counters as of now."""
 
@@ -32,17 +33,16 @@ CALLS = {
 }
 
 
-def calls(probe: Probe, counters: Counters) -> None:
+def calls(probes: Probes, counters: Counters) -> None:
     """One forbidden address per system call and family. Raises VerifyError."""
-    for hook, act in CALLS.items():
-        before = counters(hook)["denied"]
-        error = probe(act)
+    before = {hook: counters(hook)["denied"] for hook in CALLS}
+    for hook, error in zip(CALLS, probes([*CALLS.values()]), strict=True):
         if error == errno.EAFNOSUPPORT and hook.endswith("6"):
             continue  # a kernel without IPv6 has no IPv6 to guard
         if error != errno.EPERM:
             met = os.strerror(error) if error else "it succeeded"
             raise VerifyError(f"network guard {hook}: the forbidden act was not refused: {met}")
-        if counters(hook)["denied"] == before:
+        if counters(hook)["denied"] == before[hook]:
             raise VerifyError(f"network guard {hook}: the refusal was not counted")
 
 
@@ -63,11 +63,11 @@ def beat(probe: Probe, counters: Counters, *, enforce: bool) -> int:
     return 1
 
 
-def sockets(probe: Probe, counters: Counters, *, enforce: bool) -> None:
+def sockets(probes: Probes, counters: Counters, *, enforce: bool) -> None:
     """A socket that is neither TCP nor UDP. Raises VerifyError."""
     before = counters("sock_create")
     # UDP-Lite (136) and MPTCP (262): whichever this kernel has reaches the hook.
-    tried = [probe(f"socket 2 {kind} {protocol}") for kind, protocol in ((2, 136), (1, 262))]
+    tried = probes([f"socket 2 {kind} {protocol}" for kind, protocol in ((2, 136), (1, 262))])
     after = counters("sock_create")
     refused = after["denied"] + after["audited"] - before["denied"] - before["audited"]
     if 0 in tried and enforce:
@@ -77,7 +77,7 @@ def sockets(probe: Probe, counters: Counters, *, enforce: bool) -> None:
 
 
 def packets(
-    probe: Probe, counters: Counters, passing: Callable[[], AbstractContextManager[None]]
+    probes: Probes, counters: Counters, passing: Callable[[], AbstractContextManager[None]]
 ) -> None:
     """A packet to one canary and the answer of another, both over loopback. Raises VerifyError.
 
@@ -85,12 +85,11 @@ def packets(
     """
     with passing():
         before = {hook: counters(hook) for hook in ("egress", "ingress")}
-        if probe(f"send 2 {DGRAM} {rules.CANARY_OUT} 9") != errno.EPERM:
+        # Nobody listens at the second: what comes in is the refusal of the connection.
+        out = (f"send 2 {DGRAM} {rules.CANARY_OUT} 9", f"connect 2 {STREAM} {rules.CANARY_IN} 9")
+        if probes(out)[0] != errno.EPERM:
             raise VerifyError("network guard egress: a forbidden packet was not refused")
-        _await_denials({"egress": before["egress"]}, counters)
-        # Nobody listens there: what comes in is the refusal of the connection.
-        probe(f"connect 2 {STREAM} {rules.CANARY_IN} 9")
-        _await_denials({"ingress": before["ingress"]}, counters)
+        _await_denials(before, counters)
 
 
 def frames(netns: int, sources: tuple[str, str], counters: Counters) -> None:
