@@ -31,15 +31,20 @@ class Series:
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, seed: int = 1
+    candidates: Mapping[str, Callable[[], object]], rounds: int, seed: int = 1, settle: float = 0
 ) -> list[Series]:
-    """Time every candidate ``rounds`` times; one warm-up round is not counted."""
+    """Time every candidate ``rounds`` times; one warm-up round is not counted.
+
+    ``settle``: seconds before each, so that what one leaves to the kernel, as namespaces to take
+    apart, is not charged to whoever comes next.
+    """
     order = list(candidates)
     chance = random.Random(seed)
     times: dict[str, list[float]] = {name: [] for name in order}
     for turn in range(rounds + 1):
         chance.shuffle(order)
         for name in order:
+            time.sleep(settle)
             began = time.perf_counter()
             candidates[name]()
             if turn:

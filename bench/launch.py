@@ -186,7 +186,7 @@ def main() -> int:
         bare_bundle(folder)
         try:
             with docker_engine(folder):
-                series = interleave(candidates(folder), rounds)
+                series = interleave(candidates(folder), rounds, settle=0.1)
             print_table(series, series[0])
             import_time()
             shares(folder / "work")
