@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any
 
 from mis_run import namespace
 from mis_run.dataclass import dataclass, field
 from mis_run.errors import SetupError
+from mis_run.hints import Any
 
 OWN = "127.0.0.1"  # where an agent finds its resolver
 MOST_CLIENTS = 32  # TCP connections at once

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mis_run import explain, report
 from mis_run.bundle import INFO
 from mis_run.events import Event
+from mis_run.hints import Any
 from mis_run.model import NetMode, Plan
 
 MOST = 256 << 10

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from mis_run.dataclass import dataclass, field
+from mis_run.hints import Any
 from mis_run.model import Limits, Plan
 
 LIFELINE = 3  # the shim's descriptor, see shim/init.c

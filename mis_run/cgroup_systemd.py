@@ -17,9 +17,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from mis_run.errors import SetupError
+from mis_run.hints import Any
 from mis_run.linux import programs
 
 SLICE = "mis.slice"

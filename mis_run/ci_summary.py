@@ -10,9 +10,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from mis_run import explain, report
+from mis_run.hints import Any
 from mis_run.quoting import printable
 
 MOST = 50  # rows: a summary is read by people

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
-
 import click
 
 from mis_run import __version__
 from mis_run.command import leave, run
 from mis_run.errors import UsageError
+from mis_run.hints import Any, NoReturn
 from mis_run.words import OPTIONS, Word
 
 EPILOG = """\b

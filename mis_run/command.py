@@ -6,9 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
 
 from mis_run.errors import MisError, SetupError
+from mis_run.hints import Any, NoReturn
 from mis_run.options import parse
 
 

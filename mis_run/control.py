@@ -13,9 +13,9 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mis_run.errors import MisError, NotFound
+from mis_run.hints import Any
 from mis_run.supervise import Loop
 
 LIMIT = 64 << 10  # bytes of one message

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 from mis_run import json_text, profiles
 from mis_run.build import ROOT
 from mis_run.errors import NotFound, SetupError, UsageError
+from mis_run.hints import Any
 from mis_run.json_text import Member
 
 DAEMON = Path("/etc/docker/daemon.json")

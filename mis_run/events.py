@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any
 
 from mis_run.dataclass import dataclass, field
+from mis_run.hints import Any
 
 SCHEMA = 1
 """Version of the JSON-lines record; raised when a field changes its meaning or goes away."""

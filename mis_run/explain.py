@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from mis_run import quoting
 from mis_run.dataclass import dataclass
+from mis_run.hints import Any
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
 
 from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
@@ -20,6 +19,7 @@ from mis_run.dataclass import dataclass
 from mis_run.defcon import Change, Tracker
 from mis_run.errors import Emergency, GuardLost, SetupError, TimedOut, VerifyError
 from mis_run.events import Event, Guarantee
+from mis_run.hints import Any, Protocol
 from mis_run.jsonable import plain
 from mis_run.model import Plan
 from mis_run.report import Record

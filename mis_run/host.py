@@ -12,13 +12,13 @@ import pwd
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mis_run import cgroup, network, rootfs, runtime, startup
 from mis_run.build import ROOT
 from mis_run.dataclass import dataclass
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.guards import counters, escape, file, net, scope
+from mis_run.hints import Any
 from mis_run.jsonable import plain
 from mis_run.linux import mountinfo
 from mis_run.model import Finding, Host, Options, User

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
-from typing import Any
 
 from mis_run import briefing, bundle, disk, rootfs, rules, seccomp
 from mis_run.build import built
@@ -16,6 +15,7 @@ from mis_run.cgroup import Cgroup
 from mis_run.errors import SetupError
 from mis_run.events import Guarantee
 from mis_run.guards import escape_rules
+from mis_run.hints import Any
 from mis_run.linux import memfd
 from mis_run.model import NetMode, Plan
 from mis_run.network import Link

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from json.decoder import scanstring  # type: ignore[attr-defined]
-from typing import Any
 
 from mis_run.dataclass import dataclass
 from mis_run.errors import UsageError
+from mis_run.hints import Any
 
 SPACE = " \t\r\n"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from mis_run.dataclass import fields, is_dataclass
+from mis_run.hints import Any
 
 
 def plain(value: Any) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import _thread  # `threading` would have us wait until the thread has begun
 from collections.abc import Callable
-from typing import Generic, TypeVar
+
+from mis_run.hints import Generic, TypeVar
 
 T = TypeVar("T")
 

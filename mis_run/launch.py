@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
 
 from mis_run import (
     briefing,
@@ -34,6 +33,7 @@ from mis_run import (
 from mis_run.errors import MisError
 from mis_run.events import Event
 from mis_run.guards import counters, escape, file, file_policy, net
+from mis_run.hints import TYPE_CHECKING, Any
 from mis_run.later import Later
 from mis_run.linux import memfd
 from mis_run.model import OnLoss, Plan

@@ -14,11 +14,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from mis_run import host, plan, profiles, report
 from mis_run.errors import SetupError, UsageError
 from mis_run.file_rules import Effect, Rule, Rules, compile_rules, resolved
+from mis_run.hints import Any
 from mis_run.model import Options
 from mis_run.quoting import pattern, printable, toml
 

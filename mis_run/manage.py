@@ -6,12 +6,12 @@ import json
 import signal as signals
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
 from mis_run import __version__
 from mis_run.errors import MissingGuarantee, NotFound, UsageError
+from mis_run.hints import Any
 from mis_run.manage_docker import docker
 from mis_run.manage_images import image
 from mis_run.manage_profiles import JSON, profile

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
 from mis_run import docker_config, podman_config
 from mis_run.errors import UsageError
 from mis_run.events import Guarantee
+from mis_run.hints import Any
 
 RELOAD = "systemctl reload docker   (or: kill -HUP $(pidof dockerd))"
 DOCKER, PODMAN = "docker", "podman"

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from mis_run.dataclass import dataclass, field
 from mis_run.events import Guarantee
+from mis_run.hints import Any
 
 ALWAYS = -1
 """`Options.restart` without an end."""

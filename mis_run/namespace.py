@@ -8,9 +8,9 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
 
 from mis_run.errors import SetupError
+from mis_run.hints import TypeVar
 from mis_run.later import Later
 from mis_run.linux import libc
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mis_run.errors import SetupError
+from mis_run.hints import Any
 from mis_run.linux.spawn import run
 from mis_run.rules import POOL4, POOL6
 

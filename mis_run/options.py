@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from mis_run import units
 from mis_run.errors import UsageError
 from mis_run.events import Guarantee
+from mis_run.hints import TypeVar
 from mis_run.model import ALWAYS, Bind, NetMode, Options, PlaneChoice
 
 N = TypeVar("N", int, float)

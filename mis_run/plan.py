@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mis_run import planes, profiles, rules
 from mis_run.dataclass import replace
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.events import Guarantee
+from mis_run.hints import TYPE_CHECKING
 from mis_run.model import (
     Finding,
     Host,

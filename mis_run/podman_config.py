@@ -14,11 +14,11 @@ import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from mis_run.docker_config import PROGRAM, find_program
 from mis_run.errors import SetupError, UsageError
 from mis_run.events import Guarantee
+from mis_run.hints import Any
 
 FOLDER = Path("/etc/containers")
 VENDOR = Path("/usr/share/containers/containers.conf")

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mis_run import model, quoting
 from mis_run.dataclass import MISSING, fields
+from mis_run.hints import Any
 from mis_run.schema import SECTIONS
 from mis_run.sets import SETS
 

@@ -11,12 +11,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mis_run import schema
 from mis_run.build import BUILT, PROFILES
 from mis_run.dataclass import replace
 from mis_run.errors import ProfileError, UsageError, nearest
+from mis_run.hints import Any
 from mis_run.model import Profile
 from mis_run.sets import SETS, expand
 

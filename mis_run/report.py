@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
 
 from mis_run.errors import SetupError
 from mis_run.events import Event
+from mis_run.hints import Any, TextIO
 from mis_run.linux.beneath import open_beneath
 from mis_run.model import Plan
 from mis_run.quoting import printable

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from mis_run.errors import UsageError
 from mis_run.follow import Ending, Follower
+from mis_run.hints import Any
 
 Request = Mapping[str, Any]
 

@@ -11,9 +11,9 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from mis_run.errors import UsageError
+from mis_run.hints import Any
 
 TTL_FLOOR, TTL_CEILING = 5.0, 3600.0  # seconds
 TIMEOUTS = (1.0, 2.0)  # seconds for one server, first and second round

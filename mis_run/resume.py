@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from mis_run import control, gc, liveness, names, report, state, supervise, terminal
 from mis_run.box import Box
@@ -27,6 +26,7 @@ from mis_run.errors import SetupError, UsageError
 from mis_run.events import Event
 from mis_run.guards import counters, escape, file, net
 from mis_run.guards.file_policy import Identity, Policy
+from mis_run.hints import TYPE_CHECKING, Any
 from mis_run.model import Plan
 
 if TYPE_CHECKING:

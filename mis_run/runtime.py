@@ -14,13 +14,13 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from mis_run.box import Box as Box
 from mis_run.box import ended
 from mis_run.bundle import LIFELINE
 from mis_run.dataclass import dataclass
 from mis_run.errors import GuardLost, SetupError
+from mis_run.hints import Any
 from mis_run.linux import libc, programs
 from mis_run.linux.spawn import spawn
 from mis_run.model import Finding

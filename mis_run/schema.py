@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from mis_run import model, units
 from mis_run.dataclass import dataclass
 from mis_run.defcon import EFFECTS
 from mis_run.errors import ProfileError, UsageError, nearest
 from mis_run.events import Guarantee
+from mis_run.hints import Any
 from mis_run.sets import named
 
 LEAST_MEMORY = 6 << 20  # docker's minimum too: below it not even the shim starts

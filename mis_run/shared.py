@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
 
 from mis_run import locks, nft
 from mis_run.errors import SetupError
+from mis_run.hints import Any
 from mis_run.rules import POOL4, POOL6
 from mis_run.state import STATE
 

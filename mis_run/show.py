@@ -9,8 +9,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
+from mis_run.hints import Any
 from mis_run.model import Mechanism, NetMode, Plan
 from mis_run.quoting import printable
 from mis_run.report import counters_line, size

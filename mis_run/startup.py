@@ -36,11 +36,14 @@ def settled() -> None:
 
 
 def reach_installed() -> None:
-    """Make installed packages importable: our starters leave `site` out (``python -S``)."""
-    if sys.flags.no_site and not any(one.endswith("site-packages") for one in sys.path):
-        import site
+    """Make installed packages importable: our starters leave `site` out (``python -S``).
 
-        site.main()
+    Without what `site` would run beside (``.pth`` files), which none of ours needs.
+    """
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = str(environment() / "lib" / version / "site-packages")
+    if sys.flags.no_site and packages not in sys.path:
+        sys.path.append(packages)
 
 
 def environment() -> Path:

@@ -14,10 +14,10 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from mis_run import locks, trees
 from mis_run.errors import NotFound, SetupError, UsageError
+from mis_run.hints import Any
 
 STATE = Path("/run/mis")
 ID = re.compile(r"[0-9a-f]{8}")

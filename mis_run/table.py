@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Generic, TypeVar
 
 from mis_run.dataclass import dataclass
 from mis_run.errors import UsageError
+from mis_run.hints import Generic, TypeVar
 from mis_run.rules import CANARIES, IPV4, POOL4, POOL6, TCP, UDP, Place, Rule, covers, key
 
 T = TypeVar("T")

@@ -16,8 +16,8 @@ import termios
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
+from mis_run.hints import Any
 from mis_run.supervise import Loop
 
 CHUNK = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking, pipe(7)

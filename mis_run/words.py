@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Any
 
 from mis_run.dataclass import dataclass
 from mis_run.events import Guarantee
+from mis_run.hints import Any
 from mis_run.model import NetMode, PlaneChoice
 
 

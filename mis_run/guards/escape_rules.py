@@ -11,10 +11,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Mapping
 from stat import S_ISGID, S_ISUID
-from typing import Any
 
 from mis_run.dataclass import dataclass, field
 from mis_run.defcon import CALM, Effects
+from mis_run.hints import Any
 from mis_run.linux import abi
 
 Args = tuple[int, int, int, int, int, int]

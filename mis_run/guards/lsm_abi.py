@@ -8,9 +8,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntFlag
-from typing import Any
 
 from mis_run.events import Event, Guarantee, Verdict
+from mis_run.hints import Any
 
 PLACE = struct.Struct("=QQII")
 RULE = struct.Struct("=HHII")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
-from typing import Any
 
 from mis_run import rules
 from mis_run.events import Event, Guarantee, Verdict
 from mis_run.guards.net_layout import EVENT, HOOKS
+from mis_run.hints import Any
 
 PROTOCOLS = {
     1: "icmp",

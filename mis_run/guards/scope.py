@@ -11,9 +11,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import TYPE_CHECKING
 
 from mis_run.errors import VerifyError
+from mis_run.hints import TYPE_CHECKING
 from mis_run.linux import libc
 from mis_run.model import Finding
 

@@ -9,9 +9,9 @@ import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mis_run.errors import SetupError
+from mis_run.hints import Any
 from mis_run.images.blobs import UNREADABLE
 from mis_run.images.unpack import Refused
 from mis_run.linux import libc

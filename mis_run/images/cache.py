@@ -24,10 +24,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from mis_run import locks, state
 from mis_run.errors import MissingGuarantee, SetupError
+from mis_run.hints import Any
 from mis_run.images import layer, layout, merged
 from mis_run.images.accounts import Accounts
 from mis_run.linux import libc

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mis_run.errors import SetupError
+from mis_run.hints import Any
 from mis_run.model import Image
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")

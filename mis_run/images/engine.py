@@ -9,9 +9,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mis_run.errors import NotFound, SetupError
+from mis_run.hints import Any
 from mis_run.images import blobs, config, layout
 from mis_run.images.unpack import MOST_BYTES, RESERVE
 from mis_run.model import Image

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
 
 from mis_run.dataclass import dataclass
 from mis_run.errors import NotFound, SetupError
+from mis_run.hints import Any
 from mis_run.images import blobs, config
 from mis_run.model import Image
 

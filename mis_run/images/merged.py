@@ -6,8 +6,8 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from mis_run.hints import Any
 from mis_run.images import aside
 from mis_run.images.accounts import Accounts
 from mis_run.linux import libc

@@ -11,9 +11,9 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
 from mis_run.dataclass import dataclass
+from mis_run.hints import Any
 from mis_run.linux import libc
 
 OPEN_PERM = 0x00010000

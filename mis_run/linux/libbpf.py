@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_char_p, c_int, c_uint32, c_uint64, c_void_p
 from pathlib import Path
-from typing import Any
 
 from mis_run.errors import SetupError
+from mis_run.hints import Any
 
 # linux/bpf.h, stable ABI.
 BPF_F_ALLOW_MULTI = 1 << 1

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+
+from mis_run.hints import Any
 
 # Numbers from linux/sched.h, linux/mount.h and linux/prctl.h: part of the kernel's stable ABI.
 CLONE_NEWNS = 0x00020000

@@ -9,9 +9,9 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import IO, Any
 
 from mis_run.dataclass import dataclass
+from mis_run.hints import IO, Any
 from mis_run.linux import programs
 
 

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from mis_run import control, liveness, names, report, requests, resume, state, supervise
 from mis_run.briefing import Denials
@@ -21,6 +20,7 @@ from mis_run.errors import SetupError
 from mis_run.events import Event
 from mis_run.guards import counters, net
 from mis_run.guards.file_policy import Policy
+from mis_run.hints import Any
 from mis_run.liveness import Watchdog
 from mis_run.model import Plan
 from mis_run.oci import container

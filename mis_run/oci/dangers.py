@@ -10,10 +10,10 @@ import os
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from mis_run import startup
 from mis_run.errors import UsageError
+from mis_run.hints import Any
 from mis_run.oci.operator import LOOSENINGS
 from mis_run.oci.spec import Spec
 from mis_run.oci.words import FILE

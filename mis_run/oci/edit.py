@@ -10,10 +10,10 @@ import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from mis_run import bundle, host_sockets, masks
 from mis_run.dataclass import dataclass
+from mis_run.hints import Any
 from mis_run.model import Limits, NetMode, Plan
 from mis_run.oci import seccomp_merge
 from mis_run.oci.spec import Spec

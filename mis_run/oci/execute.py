@@ -8,10 +8,10 @@ escape guard).  What is left to us: it gains no rights, and has none that the co
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mis_run import state
 from mis_run.errors import UsageError
+from mis_run.hints import Any
 from mis_run.oci import operator, spec
 from mis_run.oci.words import FILE, Call
 

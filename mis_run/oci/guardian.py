@@ -16,10 +16,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from mis_run import startup, state
 from mis_run.errors import MisError, SetupError
+from mis_run.hints import Any
 from mis_run.linux import programs
 from mis_run.oci.order import CANARY, INFO, RESOLV_CONF, SOCKET, Order, Place
 from mis_run.report import RECORDS

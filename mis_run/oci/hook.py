@@ -17,11 +17,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from mis_run.dataclass import dataclass, replace
 from mis_run.errors import MisError, SetupError, UsageError
 from mis_run.events import Guarantee
+from mis_run.hints import Any, NoReturn
 from mis_run.oci import create, guardian, operator, runs, spec
 from mis_run.oci.main import complain
 from mis_run.oci.spec import Spec

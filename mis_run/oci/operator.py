@@ -11,11 +11,11 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mis_run.dataclass import dataclass
 from mis_run.errors import ProfileError, UsageError, nearest
 from mis_run.events import Guarantee
+from mis_run.hints import Any
 from mis_run.oci.words import FILE
 
 MOST_BYTES = 64 << 10

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any, Protocol
 
 from mis_run.dataclass import dataclass
+from mis_run.hints import Any, Protocol
 from mis_run.model import Profile
 from mis_run.oci.operator import Operator
 from mis_run.oci.spec import Spec

@@ -11,12 +11,12 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 from mis_run import seccomp
 from mis_run.errors import UsageError
 from mis_run.guards import escape_rules
 from mis_run.guards.escape_rules import NAMES, PER_HARMLESS
+from mis_run.hints import Any
 
 PERMISSIVE = frozenset({"SCMP_ACT_ALLOW", "SCMP_ACT_LOG"})
 DENYING = frozenset(

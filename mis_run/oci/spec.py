@@ -10,10 +10,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mis_run.dataclass import dataclass
 from mis_run.errors import SetupError, UsageError
+from mis_run.hints import Any
 
 MOST_BYTES = 16 << 20  # an engine's configuration is about 50 KiB
 MOST_VALUE = 4096  # bytes of one annotation of ours

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mis_run import (
     briefing,
@@ -37,6 +36,7 @@ from mis_run.events import Event
 from mis_run.follow import Ending, Follower
 from mis_run.guards import counters, escape, file, file_policy, net
 from mis_run.guards.file_policy import Policy
+from mis_run.hints import Any
 from mis_run.later import Later
 from mis_run.linux import memfd
 from mis_run.model import NetMode, NetPlan, OnLoss, Plan

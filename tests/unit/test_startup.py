@@ -50,6 +50,19 @@ def test_without_site_the_environment_is_the_same() -> None:
     assert done.stdout.splitlines() == [sys.prefix, "not yet", "False"]
 
 
+def test_a_launch_imports_little() -> None:
+    """What takes long to import is not needed before the agent runs."""
+    slow = ("typing", "dataclasses", "inspect", "subprocess", "tomllib", "click", "logging", "ssl")
+    code = (
+        f"import sys; sys.path.append({str(ROOT)!r}); "
+        "from mis_run import command, words, host, launch, plan, profiles; "
+        f"print(*sorted({{*{slow!r}}} & {{*sys.modules}}))"
+    )
+    argv = [sys.executable, "-I", "-S", "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
 def test_without_an_environment_it_is_the_prefix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
