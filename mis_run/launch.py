@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from mis_run.guards.kernel import Reserved
 
 
+SOON = 0.05  # seconds in which a container's init ends after the agent, if nothing is odd
+
+
 class Steps:
     """Times each step; tests replace ``after`` to fail a launch behind any of them."""
 
@@ -262,6 +265,8 @@ def _launch(
         loop.until(lambda: follower.ending is not None)
         dog.pause()  # the agent is gone: undoing takes as long as it takes
         stop_answering()
+        if box.wait(SOON):  # nothing of the agent is left that could send
+            guard.detach_xdp()
         if link:
             link.leave()
         steps.done("followed")

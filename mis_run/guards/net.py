@@ -106,6 +106,8 @@ class NetGuard:
         self._told_lost = 0
         self.canary_pid = 0  # the process that tries forbidden acts for us
         self.xdp_mode = ""
+        self._wire = 0  # the interface's index
+        self._letting_go: Later[None] | None = None
         self._install_listen()
         self.update({})
         if maps:
@@ -178,13 +180,22 @@ class NetGuard:
 
         The program goes with the interface.
         """
+        self._wire = ifindex
         self._sources = (address4, address6 or "::")
         self._configure()
         assert self._object is not None
         self.xdp_mode = libbpf.attach_xdp(ifindex, self._object.program("mis_xdp"))
 
+    def detach_xdp(self) -> None:
+        """Begin to take the program off, when nobody is left to send: the kernel needs 8 ms, and
+        would need them before the interface can go."""
+        if self.xdp_mode:
+            self._letting_go = Later(lambda: libbpf.detach_xdp(self._wire, self.xdp_mode))
+
     def close(self) -> None:
         """Release descriptors."""
+        if self._letting_go:
+            self._letting_go.wait()  # fails where the interface has gone already
         self._ring.close()
         if self._object is not None:
             self._object.close()

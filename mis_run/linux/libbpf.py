@@ -250,3 +250,9 @@ def attach_xdp(ifindex: int, program: int) -> str:
         _bpf().xdp_attach(ifindex, program, XDP_FLAGS_SKB_MODE, None)
         return "generic"
     return "driver"
+
+
+def detach_xdp(ifindex: int, mode: str) -> None:
+    """Take off what `attach_xdp` attached in that mode. Raises OSError."""
+    flags = XDP_FLAGS_DRV_MODE if mode == "driver" else XDP_FLAGS_SKB_MODE
+    _bpf().xdp_attach(ifindex, -1, flags, None)
