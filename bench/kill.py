@@ -4,7 +4,8 @@
 
 Each round is a real run: a hundred sleeping processes and a fork bomb against the process limit, of
 which one reads a forbidden file until the agent is killed.  The number is the record's own
-(``run.killed``); ``populated`` must be 0.
+(``run.killed``); ``populated`` must be 0.  It is how long the kernel takes to end so many processes
+(each has Python's memory to give back), so there is a line for each of several limits.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ extends = "default"
 [files]
 deny = ["...", "**/.env"]
 [limits]
-pids = 220
+pids = {limit}
 """
+LIMITS = (128, 220)
 AGENT = """
 import os, signal, time
 for _ in range(100):
@@ -63,12 +65,16 @@ def main(rounds: int) -> None:
         top = Path(name)
         (top / "work").mkdir()
         (top / "work/.env").write_text("SECRET")
-        (top / "kill.toml").write_text(PROFILE)
-        found = [once(top) for _ in range(rounds)]
-    print(
-        f"DEFCON 1 to populated 0, {rounds} runs: median {statistics.median(found):.1f} ms, "
-        f"{min(found):.1f} to {max(found):.1f} ms"
-    )
+        found: dict[int, list[float]] = {limit: [] for limit in LIMITS}
+        for _ in range(rounds):
+            for limit, times in found.items():
+                (top / "kill.toml").write_text(PROFILE.format(limit=limit))
+                times.append(once(top))
+    for limit, times in found.items():
+        print(
+            f"DEFCON 1 to populated 0, {limit} processes, {rounds} runs: median "
+            f"{statistics.median(times):.1f} ms, {min(times):.1f} to {max(times):.1f} ms"
+        )
 
 
 if __name__ == "__main__":
