@@ -77,6 +77,7 @@ class FileGuard:
         """How often what we tried ourselves was seen here: the guard works."""
         self._marks = marks
         self._late = slow
+        self._policy = policy
         self._judge = Judge(policy, canary)
         self._canary = canary
         self._stance = stance
@@ -204,9 +205,14 @@ class FileGuard:
     # ---- answering ------------------------------------------------------------------------
 
     def _allow(self, opened: Opened, path: str, facts: os.stat_result) -> None:
-        """Let it go on, and have the kernel remember that where one object has one name."""
+        """Let it go on, and have the kernel remember that where one object has one name.
+
+        Elsewhere than where the agent can give names, others of the same object make no difference:
+        what may be had by one of them may be had.  (git's programs are one; ``perf record`` links
+        every library it has seen.)
+        """
         if (
-            facts.st_nlink == 1
+            (facts.st_nlink == 1 or not self._policy.is_writable(path))
             and stat.S_ISREG(facts.st_mode)
             and self._marks.one_name(facts.st_dev)
         ):

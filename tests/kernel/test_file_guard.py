@@ -192,6 +192,24 @@ def test_an_allowed_object_is_remembered_until_it_changes(
         assert asked[before + 1 :] == [False]  # the first denial ends the loop
 
 
+def test_an_object_of_two_names_is_remembered_where_nobody_gives_names(
+    child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked once in a folder that the agent cannot write, each time in one that it can."""
+    asked: list[bool] = []
+    real = fanotify.answer
+    monkeypatch.setattr(
+        fanotify, "answer", lambda g, fd, *, allow: (asked.append(allow), real(g, fd, allow=allow))
+    )
+    child.talk.send(b"link other")
+    assert child.talk.recv(10) == b"0"
+    for writable, times in ((False, 1), (True, 100)):
+        with guarding(child, policy(child.box, deny=(), places={str(child.box): writable})) as one:
+            act(one, child, "spin other")
+        assert len(asked) == times, writable
+        asked.clear()
+
+
 def test_a_denied_object_by_another_name(child: Child) -> None:
     """A hard link in an allowed place is the same object, where that is known; a control without
     that knowledge opens."""
