@@ -14,11 +14,12 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
-from mis_run import cgroup_kill, cgroup_stats
+from mis_run import cgroup_kill, cgroup_own, cgroup_stats
 from mis_run.cgroup_detect import LIMITS, PARENT, PROBE, detect, mount_private, supported
+from mis_run.cgroup_own import WATCHDOG, make, remove_if_unused
 from mis_run.cgroup_stats import Usage
 from mis_run.errors import SetupError
 from mis_run.events import Event
@@ -86,19 +87,12 @@ class Cgroup:
             raise SetupError(message) from error
 
     def expect(self) -> Later[None]:
-        """A process is about to be moved in: have the kernel wait for that beforehand.
+        """A process is about to be moved in: the kernel waits for that now (`cgroup_own`)."""
+        return cgroup_own.expect(self._root)
 
-        The first move in a while waits for an RCU grace period, 5 to 15 ms, those within 10 ms of
-        one another do not (percpu_down_write, rcu_sync in kernel/rcu/sync.c).  So we move ourselves
-        to where we are, which changes nothing.
-        """
-        return Later(self._move_ourselves)
-
-    def _move_ourselves(self) -> None:
-        with suppress(OSError):  # somewhere we may not write: then the runtime waits
-            own = re.search(r"^0::(.*)", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
-            if own:
-                (self._root / own[1][1:] / "cgroup.procs").write_text(str(os.getpid()))
+    def beside(self) -> AbstractContextManager[tuple[int, int]]:
+        """The watchdog's own cgroup, beside this one (`cgroup_own.beside`)."""
+        return cgroup_own.beside(self.unified, self._root)
 
     def procs(self) -> set[int]:
         """Every process inside, by our pid namespace's numbers."""
@@ -161,7 +155,7 @@ class Cgroup:
         made: list[Path] = []
         try:
             for top in self._tops:
-                _make(top / self.place[1:])
+                make(top / self.place[1:])
                 made.append(top / self.place[1:])
         except SetupError:
             # Only ours: what exists already may be another run that is alive.
@@ -195,7 +189,7 @@ class Cgroup:
             self._remove_tree(top / self.place[1:], end)
             for parent in PurePosixPath(self.place[1:]).parents:
                 if parent.name:
-                    _remove_if_unused(top / parent)
+                    remove_if_unused(top / parent)
 
     def _remove_tree(self, directory: Path, end: float) -> None:
         """rmdir deepest first; a process that is only in this hierarchy is killed first."""
@@ -217,40 +211,6 @@ class Cgroup:
                 time.sleep(cgroup_kill.SHORT_WAIT)
             else:
                 return
-
-
-def _make(directory: Path) -> None:
-    """mkdir with parents, while ends of other runs remove those parents when they look unused."""
-    for _ in range(1000):
-        try:
-            if not directory.parent.is_dir():
-                _make_parent(directory.parent)
-            directory.mkdir()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise SetupError(
-                f"cannot make {directory}: {error.strerror}",
-                hint="mis gc" if error.errno == errno.EEXIST else "mis doctor",
-            ) from error
-        else:
-            return
-    raise SetupError(f"cannot make {directory}: its parent vanishes again and again")
-
-
-def _make_parent(directory: Path) -> None:
-    if not directory.parent.is_dir():
-        _make_parent(directory.parent)
-    directory.mkdir(exist_ok=True)
-
-
-def _remove_if_unused(directory: Path) -> None:
-    try:
-        directory.rmdir()
-    except OSError as error:
-        # In use by another run (cgroupfs says EBUSY), already removed, or systemd's own.
-        if error.errno not in (errno.EBUSY, errno.ENOTEMPTY, errno.ENOENT):
-            raise
 
 
 @contextmanager
@@ -299,10 +259,14 @@ def gc(live_ids: Collection[str]) -> list[str]:
     for run_id, parents in dead.items():
         for parent in parents:
             Cgroup(run_id, unified, controllers, parent).remove()
-    probes = [path for path in unified.glob(f"{PROBE}*") if not _alive(path.name)]
-    for path in probes:
-        _remove_if_unused(path)
-    return sorted([*dead, *(path.name for path in probes)])
+    left = [path for path in unified.glob(f"{PROBE}*") if not _alive(path.name)]
+    for pattern in (PARENT, "mis.slice/mis-*.scope"):
+        dogs = unified.glob(f"{pattern}/*{WATCHDOG}")
+        left += [path for path in dogs if path.name.removesuffix(WATCHDOG) not in live_ids]
+    for path in left:
+        remove_if_unused(path)
+        remove_if_unused(path.parent)
+    return sorted([*dead, *(path.name for path in left)])
 
 
 def _alive(probe: str) -> bool:

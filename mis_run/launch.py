@@ -145,6 +145,7 @@ def _launch(
                 run_id=run_dir.id,
                 cgroup=group.unified,
                 record=record.fileno(),
+                moves=last.enter_context(group.beside()),
             )
         )
         stack.callback(dog.farewell)

@@ -124,10 +124,12 @@ def arm(
     run_id: str,
     cgroup: Path,
     record: int,
+    moves: tuple[int, int] | None = None,
 ) -> Iterator[Watchdog]:
     """Start the watchdog; `Watchdog.watching` waits for it. Raises SetupError.
 
-    ``record`` is the descriptor of the run's record, opened for appending.
+    ``record`` is the descriptor of the run's record, opened for appending, ``moves`` those of
+    `Cgroup.beside`; without them it stays in our cgroup.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
@@ -138,8 +140,9 @@ def arm(
     argv += [settings.on_loss.value, "--"]
     argv += [sys.executable, "-I", "-c", "from mis_run import gc; gc.collect()"]
     fds = {1: writer, 2: 2, 3: theirs.fileno(), 4: itself, 5: record}
-    with open(os.devnull) as nothing:
-        pid = spawn(argv, {0: nothing.fileno(), **fds})
+    with open(os.devnull, "r+b") as nothing:
+        enter, leave = moves or (nothing.fileno(), nothing.fileno())
+        pid = spawn(argv, {0: nothing.fileno(), **fds, 6: enter, 7: leave})
     theirs.close()
     os.close(writer)
     os.close(itself)

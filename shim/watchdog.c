@@ -10,7 +10,8 @@
  * whole pid namespace with it.
  *
  * Descriptors: 1 says "watching" once and is closed; 3 beats; 4 pidfd of the supervisor; 5 the
- * run's record.  Beats are datagrams: "beat"; "hold NAME" with a descriptor; "pause" (the supervisor
+ * run's record; 6 and 7 cgroup.procs of the cgroup to be in and of the one to clean up from (or
+ * /dev/null).  Beats are datagrams: "beat"; "hold NAME" with a descriptor; "pause" (the supervisor
  * is stopped on purpose); "resume"; "drop NAME"; "bye" (normal end).  Answers: "late", "recovered".
  *
  * Until the first "beat" the launch is being set up, which takes as long as it takes: only the end
@@ -47,7 +48,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { BEATS = 3, SUPERVISOR = 4, RECORD = 5 };
+enum { BEATS = 3, SUPERVISOR = 4, RECORD = 5, ENTER = 6, LEAVE = 7 };
 #define GOOD_BEATS 5 /* in a row, to recover from a late one */
 #define EMPTY_WITHIN 5000 /* ms the killed cgroup gets to become empty */
 #define MOST_HELD 32
@@ -203,6 +204,8 @@ static void clean_up(char **gc)
 	while (held_count > 0)
 		close(held[--held_count].fd); /* the shim goes too if a kill could not reach it */
 	sched_setscheduler(0, SCHED_OTHER, &ordinary); /* cleaning up is not urgent */
+	(void)!write(LEAVE, "0", 1); /* what we were in is to be removed */
+	close(LEAVE);
 	execv(gc[0], gc);
 	_exit(127);
 }
@@ -430,8 +433,9 @@ int main(int argc, char **argv)
 	/* Before every ordinary process: an agent that burns CPU cannot starve the watchdog. */
 	if (sched_setscheduler(0, SCHED_RR, &first))
 		setpriority(PRIO_PROCESS, 0, -20);
-	if (write(1, "watching\n", 9) != 9)
+	if (write(ENTER, "0", 1) != 1 || write(1, "watching\n", 9) != 9)
 		return 125;
+	close(ENTER);
 	close(1);
 	while ((why = watch(atol(argv[3]), atol(argv[4])))) {
 		if (strcmp(argv[5], "open") || held_as("init") < 0)

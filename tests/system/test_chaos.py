@@ -10,11 +10,14 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from harness import mis, run, start, wait_for
+from leftovers import snapshot
+
+from mis_run import cgroup
 
 pytestmark = pytest.mark.root
 
@@ -160,6 +163,54 @@ def test_closed_never_lets_a_read_through(name: str, workspace: Path) -> None:
         agent.communicate(timeout=20)
         assert not (workspace / "leak").exists()
     assert mis("gc").returncode == 0
+
+
+@pytest.fixture
+def cell() -> Iterator[Path]:
+    """A v2 cgroup, as a service manager makes one for what it starts."""
+    unified = cgroup.detect()[1]
+    assert unified is not None
+    made = unified / f"mis-test-{os.getpid()}"
+    made.mkdir()
+    yield made
+    (made / "cgroup.freeze").write_text("0")
+    (made / "cgroup.kill").write_text("1")
+    wait_for(lambda: "populated 0" in (made / "cgroup.events").read_text(), 10)
+    made.rmdir()
+
+
+@pytest.mark.parametrize("what", ["kill", "freeze"])
+def test_the_whole_cgroup_of_the_supervisor(what: str, cell: Path, workspace: Path) -> None:
+    """Killed or frozen as a service is: the watchdog is elsewhere, ends the agent and cleans up.
+
+    The control: with the watchdog in there too nobody ends an agent whose supervisor is frozen.
+    """
+    before = snapshot()
+    options = ("--profile", str(workspace.parent / "closed.toml"), "--net", "none")
+    agent = start("/usr/bin/python3", "reader.py", cwd=workspace, options=options)
+    assert agent.stdout is not None and agent.stdout.readline() == "up\n"
+    (cell / "cgroup.procs").write_text(str(agent.pid))
+    (cell / f"cgroup.{what}").write_text("1")
+    assert wait_for(lambda: snapshot() == before, 10)
+    assert not (workspace / "leak").exists()
+    assert agent.wait(10) == -signal.SIGKILL
+    agent.communicate(timeout=10)
+
+    if what == "freeze":
+        agent = start("/usr/bin/python3", "reader.py", cwd=workspace, options=options)
+        assert agent.stdout is not None and agent.stdout.readline() == "up\n"
+        for pid in (agent.pid, watchdog(agent.pid)):
+            (cell / "cgroup.procs").write_text(str(pid))
+        (cell / "cgroup.freeze").write_text("1")
+        time.sleep(3)
+        assert in_cgroups(workspace)
+        (cell / "cgroup.freeze").write_text("0")
+        (cell / "cgroup.kill").write_text("1")
+        agent.wait(10)
+        agent.communicate(timeout=10)
+        wait_for(lambda: not in_cgroups(workspace), 10)
+        assert mis("gc").returncode == 0
+        assert snapshot() == before
 
 
 def in_cgroups(folder: Path) -> list[str]:
