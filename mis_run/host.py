@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mis_run import cgroup, network, rootfs, runtime, startup
+from mis_run import cgroup, network_detect, rootfs, runtime, startup
 from mis_run.build import ROOT
 from mis_run.dataclass import dataclass
 from mis_run.errors import MissingGuarantee, UsageError
@@ -78,7 +78,7 @@ def probe() -> Host:
         "overlay": rootfs.supported(),
         **cgroup.supported(kind, unified, controllers),
         **net.supported(),
-        **network.supported(),
+        **network_detect.supported(),
         **counters.supported(),
         **escape.supported(),
         **scope.supported(),
@@ -93,7 +93,7 @@ def probe() -> Host:
         controllers=controllers,
         runtime=chosen.path,
         mounts=tuple((mount.point, mount.kind) for mount in mountinfo.read()),
-        addresses=network.host_addresses(),
+        addresses=network_detect.host_addresses(),
         cpus=len(os.sched_getaffinity(0)),
         systemd=Path("/run/systemd/system").is_dir(),
         engine=_engine(),
@@ -146,7 +146,7 @@ def diagnose() -> dict[str, Any]:
     from mis_run import plan, profiles
 
     found = probe()
-    mechanisms = {**found.mechanisms, **network.diagnose()}
+    mechanisms = {**found.mechanisms, **network_detect.diagnose()}
     given = {}
     for guarantee, names in plan.GIVEN_BY.items():
         missing = [name for name in names if not found.works(name)]

@@ -22,7 +22,7 @@ from mis_run import (
     liveness,
     names,
     namespace,
-    network,
+    network_detect,
     report,
     requests,
     runtime,
@@ -291,5 +291,5 @@ def _guarded(
 
 def _network(order: Order) -> NetPlan:
     """The network rules, which need nothing of the machine but its addresses."""
-    here = replace(planning.SKETCH, addresses=network.host_addresses())
+    here = replace(planning.SKETCH, addresses=network_detect.host_addresses())
     return planning.of(order, here).network

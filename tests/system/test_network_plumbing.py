@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from mis_run import namespace, network, nft, shared
+from mis_run import namespace, network, network_detect, nft, shared
 from mis_run.errors import SetupError
 from mis_run.linux import libc, programs
 from mis_run.model import NetMode, NetPlan
@@ -616,12 +616,12 @@ def test_a_read_only_switch_is_named() -> None:
 @on_a_machine
 def test_the_doctor_finds_a_table_that_drops() -> None:
     """Another table's forward policy drop is found, and the command named makes agents work."""
-    assert network.diagnose()["forwarding"].ok
+    assert network_detect.diagnose()["forwarding"].ok
     sh(
         """nft add table ip filter
         nft add chain ip filter FORWARD '{ type filter hook forward priority 0; policy drop; }'"""
     )
-    found = network.diagnose()["forwarding"]
+    found = network_detect.diagnose()["forwarding"]
     assert not found.ok
     with elsewhere(), agent(plan()) as link:
         assert ask(link.netns, THERE4) is None
@@ -632,7 +632,7 @@ def test_the_doctor_finds_a_table_that_drops() -> None:
 @on_a_machine
 def test_supported_tries() -> None:
     """The three mechanisms are found here; without nft the missing program is named."""
-    assert {name: found.ok for name, found in network.supported().items()} == {
+    assert {name: found.ok for name, found in network_detect.supported().items()} == {
         "netns": True,
         "veth": True,
         "nftables": True,
@@ -640,7 +640,7 @@ def test_supported_tries() -> None:
     }
     write("ipv6/conf/all/disable_ipv6", "1")
     programs.FOLDERS = "/nonexistent"
-    found = network.supported()
+    found = network_detect.supported()
     assert not found["ipv6"].ok
     assert "nft" in found["nftables"].detail
     with pytest.raises(SetupError) as missing:
