@@ -5,10 +5,13 @@ Each with ``log`` as its control: the same agent, under the same limit, goes on.
 
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
-from harness import Done, run
+from harness import MIS, MIS_RUN, Done, mis, run, wait_for
+from leftovers import snapshot
 
 pytestmark = pytest.mark.root
 
@@ -151,3 +154,54 @@ def test_a_profile_that_only_records_kills_nothing(loose: str, workspace: Path) 
     first = of(done, "limits.pids")[0]
     assert (first["action"], first["acts"]) == ("kill", False)
     assert not of(done, "run.killed")
+
+
+def begun(workspace: Path, profile: str, name: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """The agent in the background, seen to hit its limit, which freezes it; and its record."""
+    path, record = workspace.parent / "limits.toml", workspace.parent / "record.jsonl"
+    path.write_text(f'extends = "default"\n[limits]\npids = 16\non_pids = "freeze"\n{profile}\n')
+    options = ("--profile", str(path), "--net", "none", "--log", str(record), "--name", name)
+    quiet = subprocess.DEVNULL
+    started = subprocess.Popen(
+        [*MIS_RUN, *options, "--", "/usr/bin/python3", "-c", FORKS, "1"],
+        cwd=workspace,
+        stdin=quiet,
+        stdout=quiet,
+        stderr=quiet,
+    )
+    wait_for(lambda: record.exists() and '"limits.pids"' in record.read_text(), 20)
+    return started, record
+
+
+def test_a_frozen_agent_can_be_killed(workspace: Path) -> None:
+    """At once, not when it thaws."""
+    before = snapshot()
+    started, record = begun(workspace, "", "frozen")
+    assert mis("kill", "frozen").returncode == 0
+    assert started.wait(10) == 137
+    events = [json.loads(line) for line in record.read_text().splitlines()]
+    hit, killed = (
+        next(event for event in events if event["kind"] == kind)
+        for kind in ("limits.pids", "run.killed")
+    )
+    assert killed["time"] - hit["time"] < 1.9
+    assert killed["subject"]["populated"] == 0
+    assert snapshot() == before
+
+
+def test_an_agent_frozen_by_a_lost_supervisor_goes_on_with_the_next(workspace: Path) -> None:
+    """``on_loss = "open"``: it stands still until ``mis attach``, then goes on to its own end."""
+    before = snapshot()
+    started, record = begun(workspace, '[liveness]\non_loss = "open"', "frozen")
+    started.kill()
+    started.wait(10)
+    wait_for(lambda: "watchdog.open" in record.read_text())
+    (frozen,) = Path("/sys/fs/cgroup").glob(f"**/mis*/**/{run_id(record)}/cgroup.events")
+    wait_for(lambda: "frozen 1" in frozen.read_text())
+    again = subprocess.Popen([*MIS, "attach", "frozen"], stderr=subprocess.DEVNULL)
+    assert again.wait(30) == 5
+    assert snapshot() == before
+
+
+def run_id(record: Path) -> str:
+    return str(json.loads(record.read_text().splitlines()[0])["run"])
