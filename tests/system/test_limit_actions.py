@@ -13,6 +13,8 @@ import pytest
 from harness import MIS, MIS_RUN, Done, mis, run, wait_for
 from leftovers import snapshot
 
+from mis_run import cgroup
+
 pytestmark = pytest.mark.root
 
 FORKS = """
@@ -196,12 +198,11 @@ def test_an_agent_frozen_by_a_lost_supervisor_goes_on_with_the_next(workspace: P
     started.kill()
     started.wait(10)
     wait_for(lambda: "watchdog.open" in record.read_text())
-    (frozen,) = Path("/sys/fs/cgroup").glob(f"**/mis*/**/{run_id(record)}/cgroup.events")
+    _, unified, _ = cgroup.detect()
+    assert unified is not None
+    own = json.loads(record.read_text().splitlines()[0])["run"]
+    (frozen,) = unified.glob(f"mis*/**/{own}/cgroup.events")
     wait_for(lambda: "frozen 1" in frozen.read_text())
     again = subprocess.Popen([*MIS, "attach", "frozen"], stderr=subprocess.DEVNULL)
     assert again.wait(30) == 5
     assert snapshot() == before
-
-
-def run_id(record: Path) -> str:
-    return str(json.loads(record.read_text().splitlines()[0])["run"])
