@@ -94,8 +94,10 @@ def freeze(unified: Path, *, on: bool, timeout: float) -> bool:
     """
     try:
         write(unified / "cgroup.freeze", "1" if on else "0")
-    except FileNotFoundError:
-        return not on
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return not on  # the cgroup is gone
+        raise
     return wait_for(unified / "cgroup.events", f"frozen {on:d}", timeout)
 
 

@@ -218,7 +218,7 @@ class LimitsWatch:
 
     def poll(self) -> list[Event]:
         """Events for what was hit since the last poll. They carry no verdict: reaching a limit
-        is no act that a rule denies, and must not lower an honest build's DEFCON level."""
+        is no act that a rule denies; what follows the profile says (`reaction`)."""
         found: list[Event] = []
         for kind, total in (
             ("limits.oom", oom_kills(self._places)),

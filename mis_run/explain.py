@@ -49,6 +49,11 @@ def advise(event: Mapping[str, Any]) -> Advice:
             f"{who} called {verb}",
             "this call can change or leave the container; no profile allows it",
         )
+    if area == "limits":
+        return Advice(
+            f"the agent hit a limit ({kind})",
+            f"{rule} has it count as a violation; a higher limit under [limits] would avoid it",
+        )
     return Advice(f"{who}: {kind}", f"rule: {rule}")
 
 

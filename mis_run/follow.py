@@ -7,20 +7,21 @@ the agent is gone.
 from __future__ import annotations
 
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from functools import partial
 
+from mis_run import reaction
 from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
 from mis_run.dataclass import dataclass
 from mis_run.defcon import Change, Tracker
 from mis_run.errors import Emergency, GuardLost, SetupError, TimedOut, VerifyError
 from mis_run.events import Event, Guarantee
-from mis_run.hints import Any, Protocol
+from mis_run.guards import Guard
+from mis_run.hints import Any
 from mis_run.jsonable import plain
+from mis_run.mailbox import Mailbox
 from mis_run.model import Plan
 from mis_run.report import Record
 from mis_run.runtime import Box
@@ -31,22 +32,6 @@ GRACE = 10.0  # seconds between asking the agent to end and killing it, as docke
 EMPTY_WITHIN = 5.0  # seconds a killed cgroup gets to become empty
 ASKING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 LIMITS_EVERY = 0.25  # seconds between looks at the cgroup's limit events
-
-
-class Guard(Protocol):
-    """What the loop needs of a guard."""
-
-    def fileno(self) -> int:
-        """A descriptor that becomes readable when there is something to answer or report."""
-
-    def read(self) -> list[Event]:
-        """Answer and report what is pending, a bounded part of it, without blocking."""
-
-    def verify(self, probe: Callable[[str], int]) -> None:
-        """Have a forbidden act tried and see it denied and counted. Raises VerifyError."""
-
-    def beat(self, probe: Callable[[str], int]) -> None:
-        """`verify` with one cheap act, again and again while the agent runs."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +77,8 @@ class Follower:
         self._closed_writes = False
         self._asked = False  # somebody asked it to end
         self.canaries = 0  # rounds in which every guard was seen to work
-        self._mail: list[Event] = []
-        self._mailbox, self._doorbell = socket.socketpair()
-        self._mailbox.setblocking(False)
-        self._doorbell.setblocking(False)
+        self._mail = Mailbox[Event]()
+        self._pauses = reaction.Pauses(partial(cgroup.freeze, timeout=0.0))
         self.on_resize: Callable[[], None] = lambda: None
 
     # ---- what comes in --------------------------------------------------------------------
@@ -104,14 +87,28 @@ class Follower:
         """Register everything with the loop: guards must answer while they are being verified."""
         self.box.turn = lambda: self.loop.turn(1.0)
         self.loop.add(self.box.fileno(), lambda: None)
-        self.loop.add(self._mailbox.fileno(), self._take_mail)
+        self.loop.add(self._mail.fileno(), lambda: self.emit(self._mail.take()))
         for guard in self.guards.values():
             self.loop.add(guard.fileno(), partial(self._serve, guard))
 
     def _look(self) -> None:
         """What nobody tells us: limits that were hit, levels that fell with time."""
-        self.emit(self.cgroup.poll_events())
+        self._react()
         self._changed(self.tracker.tick())
+
+    def _react(self) -> None:
+        """Record the limits that were hit, and do what the profile says; an agent that has ended
+        meanwhile keeps its own ending."""
+        for event in self.cgroup.poll_events():
+            told, action = reaction.judge(event, self.plan)
+            self.emit([told])
+            if self.ending is not None:
+                continue
+            if action == "kill":
+                ending = reaction.HITS[event.kind].ending
+                self.kill(Ending(f"{ending} ({told.rule})", 128 + signal.SIGKILL))
+            elif action == "freeze" and self._pauses.set("limits", on=True):
+                self.loop.after(reaction.BACK_OFF, partial(self._pauses.set, "limits", on=False))
 
     def _prove(self) -> None:
         """Try every guard end to end: what must be refused inside is tried inside.
@@ -162,7 +159,7 @@ class Follower:
         starvation = Starvation(
             liveness,
             emit=lambda event: self.emit([event]),
-            freeze=self.cgroup.freeze,
+            freeze=partial(self._pauses.set, "starved"),
             kill=lambda why: self.kill(Ending(f"killed: {why}", GuardLost.exit_code)),
         )
         self.loop.every(liveness.beat, starvation.beat)
@@ -202,16 +199,7 @@ class Follower:
 
     def emit_soon(self, event: Event) -> None:
         """`emit` from another thread."""
-        self._mail.append(event)
-        with suppress(BlockingIOError):  # enough rings are waiting
-            self._doorbell.send(b"x")
-
-    def _take_mail(self) -> None:
-        self._mailbox.recv(4096)
-        count = len(self._mail)  # another thread may append meanwhile
-        mail = self._mail[:count]
-        del self._mail[:count]
-        self.emit(mail)
+        self._mail.put(event)
 
     def signal(self, number: int) -> None:
         """A signal that mis-run got: passed on, except that the second SIGINT kills."""
@@ -265,6 +253,7 @@ class Follower:
 
     def _finish(self, ending: Ending) -> None:
         self.ending = self.ending or self._forced or ending
+        self._pauses.end()
 
     # ---- what goes out --------------------------------------------------------------------
 
@@ -306,7 +295,7 @@ class Follower:
         net = self.guards.get("net")
         if net and self.ending:
             self.emit(net.rest())
-        self.emit(self.cgroup.poll_events())
+        self._react()
         facts: dict[str, Any] = {
             "seconds": round(time.monotonic() - self.started, 3),
             "usage": plain(self.cgroup.usage()),

@@ -39,7 +39,8 @@ from mis_run.linux import memfd
 from mis_run.model import OnLoss, Plan
 
 if TYPE_CHECKING:
-    from mis_run.follow import Ending, Guard
+    from mis_run.follow import Ending
+    from mis_run.guards import Guard
     from mis_run.guards.kernel import Reserved
 
 

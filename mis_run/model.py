@@ -115,7 +115,10 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """``[limits]``: bytes, cores, counts, seconds; ``None`` is no limit of ours."""
+    """``[limits]``: bytes, cores, counts, seconds; ``None`` is no limit of ours.
+
+    ``on_…``: what follows when one is hit, in the words of `reaction.ACTIONS`.
+    """
 
     memory: int | None = None
     swap: int | None = 0  # on top of memory
@@ -125,6 +128,10 @@ class Limits:
     io_read: int | None = None  # bytes per second on the device that holds the workspace
     io_write: int | None = None
     scratch: int | None = None  # bytes of the throw-away upper layer
+    on_oom: str = "log"
+    on_pids: str = "log"
+    on_throttled: str = "log"
+    on_pressure: str = "log"
 
     def controllers(self) -> list[str]:
         """The cgroup controllers that these limits need, by their v2 names."""
@@ -158,7 +165,7 @@ class Liveness:
     deadline: float = 1.0
     beat: float = 0.1
     canary: float = 5.0
-    on_starved: str = "log"  # log | defcon | freeze | kill
+    on_starved: str = "log"  # one of `reaction.ACTIONS`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from mis_run import planes, profiles, rules
 from mis_run.dataclass import replace
 from mis_run.errors import MissingGuarantee, UsageError
 from mis_run.events import Guarantee
-from mis_run.hints import TYPE_CHECKING
+from mis_run.hints import TYPE_CHECKING, Any
 from mis_run.model import (
     Finding,
     Host,
@@ -229,7 +229,8 @@ def _limits(limits: Limits, host: Host, waived: frozenset[Guarantee]) -> Limits:
         fields |= {"pids": ("pids",), "io": ("io_read", "io_write")}
         for controller, names in fields.items():
             if not host.works(controller):
-                limits = replace(limits, **dict.fromkeys(names))
+                none: dict[str, Any] = dict.fromkeys(names)
+                limits = replace(limits, **none)
     return limits
 
 

@@ -14,9 +14,10 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
-from mis_run import control, gc, liveness, names, report, state, supervise, terminal
+from mis_run import control, gc, liveness, names, reaction, report, state, supervise, terminal
 from mis_run.box import Box
 from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
@@ -146,7 +147,8 @@ def _supervise(
 ) -> int:
     """As `launch._launch`, from the point where the agent runs."""
     from mis_run import requests
-    from mis_run.follow import Follower, Guard
+    from mis_run.follow import Follower
+    from mis_run.guards import Guard
 
     on, plan, settings = stack.enter_context, known.plan, known.plan.profile
     loop = on(supervise.loop())
@@ -180,6 +182,7 @@ def _supervise(
         denials=Denials(path / "info"),
     )
     follower.watch()
+    reaction.thaw(plan, partial(group.freeze, timeout=0.0))  # or nobody inside could be asked
     for one in guards.values():
         one.beat(box.probe)
     netns = held.get("netns")

@@ -14,6 +14,7 @@ from mis_run.defcon import EFFECTS
 from mis_run.errors import ProfileError, UsageError, nearest
 from mis_run.events import Guarantee
 from mis_run.hints import Any
+from mis_run.reaction import ACTIONS
 from mis_run.sets import named
 
 LEAST_MEMORY = 6 << 20  # docker's minimum too: below it not even the shim starts
@@ -178,6 +179,7 @@ def _guarantees(value: Any) -> frozenset[Guarantee]:
 _PATHS = _list(_pattern)
 _TIME = _number(units.duration)
 _SIZE = _number(units.size)
+_ACTION = _choice(ACTIONS, str)
 
 # section → key → what it is. "" is the top level.
 SECTIONS: Mapping[str, Mapping[str, Key]] = {
@@ -237,6 +239,19 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = {
         "io_read": Key(_SIZE, "bytes per second read from the workspace's disk", "size"),
         "io_write": Key(_SIZE, "bytes per second written to the workspace's disk", "size"),
         "scratch": Key(_SIZE, "bytes of the throw-away layer over the root", "size"),
+        "on_oom": Key(
+            _ACTION,
+            "when the kernel killed a process at the memory limit: `log`; `defcon`: it counts as a "
+            "violation; `freeze`: all of the agent stands still for two seconds; `kill`",
+            "string",
+        ),
+        "on_pids": Key(_ACTION, "the same when `pids` refused a process or thread", "string"),
+        "on_throttled": Key(_ACTION, "the same when `cpus` held the agent back", "string"),
+        "on_pressure": Key(
+            _ACTION,
+            "the same when all of the agent waited for memory or disks, with or without a limit",
+            "string",
+        ),
     },
     "defcon": {
         "thresholds": Key(
@@ -263,8 +278,9 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = {
         "beat": Key(_TIME, "how often the supervisor proves that it is alive", "time"),
         "canary": Key(_TIME, "how often a forbidden act is tried inside, to see it denied", "time"),
         "on_starved": Key(
-            _choice(["log", "defcon", "freeze", "kill"], str),
-            "what to do when the supervisor gets no CPU",
+            _ACTION,
+            "what to do when the supervisor gets no CPU: as `limits.on_oom`, but `freeze` until it "
+            "has CPU again",
             "string",
         ),
     },

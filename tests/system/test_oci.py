@@ -15,6 +15,7 @@ import pytest
 from engine import GATEWAY, Engine, events, runs, traces
 from harness import mis, wait_for
 
+from mis_run import cgroup
 from mis_run.linux import abi
 
 pytestmark = [
@@ -165,6 +166,47 @@ def test_what_containers_cannot_have_is_refused(runtime: Runtime) -> None:
     done = runtime("create", "--bundle", str(bundle), "bad")
     assert done.returncode == 2
     assert "on_loss = 'open' would let a container run on" in runtime.message()
+
+
+def crowded(runtime: Runtime, action: str) -> str:
+    """The bundle of a container that reaches its process limit, for which the profile has
+    ``action``, and lives for four seconds."""
+    text = f'extends = "default"\n[limits]\npids = 12\non_pids = "{action}"\n'
+    (runtime.folder / "dog.toml").write_text(text)
+    script = "(for n in $(seq 40); do sleep 1 & done); exec sleep 4"
+    return str(runtime.bundle("sh", "-c", script, annotations={"mis.profile": "dog"}))
+
+
+@pytest.mark.parametrize(("action", "code"), [("kill", 137), ("log", 0)])
+def test_a_limit_of_a_container_does_what_the_profile_says(
+    action: str, code: int, runtime: Runtime
+) -> None:
+    """As for an agent of mis-run."""
+    done = runtime("run", "--bundle", crowded(runtime, action), f"limited-{action}")
+    assert done.returncode == code, done.stderr
+    told = wait_for(
+        lambda: (found := events(f"limited-{action}"))[-1]["kind"] == "run.exit" and found
+    )
+    assert "limits.pids" in {event["kind"] for event in told}
+    ending = str(told[-1]["subject"]["ending"])
+    assert ("limits.on_pids" in ending) == (action == "kill"), ending
+
+
+def test_a_limit_freezes_a_container_which_then_goes_on(runtime: Runtime) -> None:
+    """The kernel says so of its cgroup; it ends by itself, and its engine can delete it."""
+    assert runtime("create", "--bundle", crowded(runtime, "freeze"), "cold").returncode == 0
+    pid = json.loads(runtime("state", "cold").stdout)["pid"]
+    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    place = next(line[3:] for line in lines if line.startswith("0::"))
+    _, unified, _ = cgroup.detect()
+    assert unified is not None
+    state = unified / place[1:] / "cgroup.events"
+    assert runtime("start", "cold").returncode == 0
+    wait_for(lambda: "frozen 1" in state.read_text(), 4)
+    wait_for(lambda: "frozen 0" in state.read_text(), 4)
+    wait_for(lambda: json.loads(runtime("state", "cold").stdout)["status"] == "stopped")
+    assert runtime("delete", "cold").returncode == 0
+    assert events("cold")[-1]["subject"]["ending"] == "ended"
 
 
 WITHOUT_FILTER = """#!/bin/sh

@@ -57,6 +57,18 @@ def test_extends_overrides_and_inherits(tmp_path: Path) -> None:
     assert found.limits.memory == profiles.load("default").limits.memory
 
 
+@pytest.mark.parametrize("action", ["log", "defcon", "freeze", "kill"])
+def test_what_follows_from_a_limit_is_inherited_and_shown(action: str, tmp_path: Path) -> None:
+    """Each key by itself, and `mis profile show` prints it so that it loads back."""
+    write(tmp_path, f'extends = "default"\n[limits]\non_oom = "{action}"\n', "parent")
+    path = write(tmp_path, 'extends = "./parent.toml"\n[limits]\non_pids = "kill"\n')
+    limits = profiles.load(str(path)).limits
+    assert (limits.on_oom, limits.on_pids, limits.on_throttled) == (action, "kill", "log")
+    shown = profiles.render(profiles.load(str(path)))
+    assert f'on_oom = "{action}"' in shown
+    assert profiles.load(str(write(tmp_path, shown, "shown"))).limits == limits
+
+
 @pytest.mark.parametrize(
     ("text", "line", "words", "hint"),
     [
@@ -67,6 +79,10 @@ def test_extends_overrides_and_inherits(tmp_path: Path) -> None:
         ("[limits]\nmemory = '1K'", 2, "too little", "6M"),
         ("[limits]\ncpus = 0", 2, "cores go from", ""),
         ("[limits]\npids = 0", 2, "limits.pids", ""),
+        ("[limits]\npids = 9\non_pids = 'kil'", 3, "limits.on_pids: 'kil' is not", "'kill'"),
+        ("[limits]\non_oom = 'defkon'", 2, "limits.on_oom", "'defcon'"),
+        ("[limits]\non_throttled = 'stop'", 2, "limits.on_throttled", "log, defcon, freeze, kill"),
+        ("[limits]\non_presure = 'log'", 2, "limits.on_presure: unknown key", "'on_pressure'"),
         ("[limits]\n# memory = 1\n'memory' = '2 bananas'", 3, "no size", ""),
         ("[network]\nallow = [\n 'x:y:z',\n]", 2, "network.allow", ""),
         ("[network]\nlisten = ['example.com']", 2, "needs an address", ""),
