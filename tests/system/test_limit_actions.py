@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -204,5 +205,10 @@ def test_an_agent_frozen_by_a_lost_supervisor_goes_on_with_the_next(workspace: P
     (frozen,) = unified.glob(f"mis*/**/{own}/cgroup.events")
     wait_for(lambda: "frozen 1" in frozen.read_text())
     again = subprocess.Popen([*MIS, "attach", "frozen"], stderr=subprocess.DEVNULL)
-    assert again.wait(30) == 5
+    try:
+        assert again.wait(30) == 5
+    finally:
+        again.kill()
+        with suppress(FileNotFoundError):  # gone, as it should be
+            frozen.with_name("cgroup.kill").write_text("1")
     assert snapshot() == before
