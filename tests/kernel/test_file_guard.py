@@ -167,15 +167,19 @@ def test_the_host_is_not_asked(child: Child, tmp_path: Path) -> None:
         assert guard.read() == []
 
 
-def test_an_allowed_object_is_remembered_until_it_changes(
-    child: Child, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernel asks once for a hundred opens, again after a write, and again after a level."""
-    asked: list[bool] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The answers that are given, from now on."""
+    given: list[bool] = []
     real = fanotify.answer
     monkeypatch.setattr(
-        fanotify, "answer", lambda g, fd, *, allow: (asked.append(allow), real(g, fd, allow=allow))
+        fanotify, "answer", lambda g, fd, *, allow: (given.append(allow), real(g, fd, allow=allow))
     )
+    return given
+
+
+def test_an_allowed_object_is_remembered_until_it_changes(child: Child, asked: list[bool]) -> None:
+    """The kernel asks once for a hundred opens, again after a write, and again after a level."""
     levels = [CALM]
     with guarding(child, policy(child.box), stance=Stance(effects=lambda: levels[0])) as guard:
         act(guard, child, "spin open")
@@ -193,14 +197,9 @@ def test_an_allowed_object_is_remembered_until_it_changes(
 
 
 def test_an_object_of_two_names_is_remembered_where_nobody_gives_names(
-    child: Child, monkeypatch: pytest.MonkeyPatch
+    child: Child, asked: list[bool]
 ) -> None:
     """Asked once in a folder that the agent cannot write, each time in one that it can."""
-    asked: list[bool] = []
-    real = fanotify.answer
-    monkeypatch.setattr(
-        fanotify, "answer", lambda g, fd, *, allow: (asked.append(allow), real(g, fd, allow=allow))
-    )
     child.talk.send(b"link other")
     assert child.talk.recv(10) == b"0"
     for writable, times in ((False, 1), (True, 100)):
