@@ -135,6 +135,7 @@ def _launch(
         on = stack.enter_context
         loop = on(supervise.loop())
         last = on(ExitStack())  # the kernel takes its time for these: undone after all else
+        stack.callback(run_dir.clear)
         addresses = last.enter_context(network.reserve(plan.network, run_dir.id))
         loading = Later(lambda: net.load(plan.network, enforce=enforce))
         group = on(cgroup.create(run_dir.id, plan.host, plan.limits.controllers()))

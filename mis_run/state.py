@@ -40,6 +40,13 @@ class RunDir:
         part.write_text(json.dumps(self._facts))
         part.replace(self.path / "state.json")
 
+    def clear(self) -> None:
+        """Remove everything but what tells that it is there: its lock and its facts.
+
+        All of that goes when `create` ends; something else can be waited for meanwhile.
+        """
+        trees.remove(self.path, keep=("lock", "state.json"))
+
 
 @contextmanager
 def create(name: str | None) -> Iterator[RunDir]:

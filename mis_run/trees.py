@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 from mis_run.linux import libc, mountinfo
 
 
-def remove(top: Path) -> bool:
-    """Unmount what is mounted below ``top`` (here: other namespaces keep theirs), then remove it.
+def remove(top: Path, keep: Collection[str] = ()) -> bool:
+    """Unmount what is mounted below ``top`` (here: other namespaces keep theirs), then remove it;
+    with ``keep``, what is in it but for these names.
 
     False when something could not be unmounted (then nothing is removed) or removed.  A mount
     that appears meanwhile is not entered: only the file system of ``top`` is.
@@ -27,9 +29,13 @@ def remove(top: Path) -> bool:
         return False
     try:
         device = os.lstat(top).st_dev
+        if not keep:
+            return _remove(str(top), device)
+        paths = [entry.path for entry in os.scandir(top) if entry.name not in keep]
+        gone = [_remove(path, device) for path in paths]
+        return all(gone)
     except FileNotFoundError:
         return True
-    return _remove(str(top), device)
 
 
 def _mounts_below(top: str) -> list[str]:

@@ -84,3 +84,20 @@ def test_what_cannot_be_unmounted_is_left_alone(
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:
     """Nothing to remove is no failure."""
     assert trees.remove(tmp_path / "nothing")
+
+
+def test_what_is_kept_stays(tmp_path: Path) -> None:
+    """Everything else in the folder goes, and what is mounted there is not reached either."""
+    precious, run = tmp_path / "precious", tmp_path / "run"
+    for folder in (precious, run, run / "folder", run / "lock", run / "bind"):
+        folder.mkdir()
+    (precious / "file").write_text("keep")
+    (run / "folder/file").touch()
+
+    def act() -> None:
+        libc.mount(str(precious), str(run / "bind"), "", libc.MS_BIND)
+        assert trees.remove(run, keep=("lock", "not there"))
+
+    in_own_mounts(act)
+    assert os.listdir(run) == ["lock"]
+    assert (precious / "file").read_text() == "keep"
