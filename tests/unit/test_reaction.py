@@ -45,7 +45,7 @@ def event(kind: str) -> Event:
 
 
 @pytest.mark.parametrize(
-    ("kind", "action"), itertools.product(reaction.HITS, ("log", *reaction.ACTIONS))
+    ("kind", "action"), [*itertools.product(reaction.HITS, ("log", *reaction.ACTIONS))]
 )
 def test_each_limit_does_what_its_own_key_says(kind: str, action: str) -> None:
     """Its own and no other's: the other keys stay ``log``."""
