@@ -52,6 +52,7 @@ enum { BEATS = 3, SUPERVISOR = 4, RECORD = 5, ENTER = 6, LEAVE = 7 };
 #define GOOD_BEATS 5 /* in a row, to recover from a late one */
 #define EMPTY_WITHIN 5000 /* ms the killed cgroup gets to become empty */
 #define MOST_HELD 32
+#define MOST_TAKEN 65536 /* descriptors; fewer than this have tasks that wait for the supervisor */
 #define NAME 24
 
 static const char *run, *cgroup;
@@ -252,6 +253,32 @@ static int let_call_pass(int listener)
 	return 1;
 }
 
+/*
+ * Let go on whoever waits for an answer that the supervisor, which is dead, had yet to give.
+ *
+ * An open is let through by the number of its descriptor, which was the supervisor's: the kernel looks
+ * for nothing else and refuses a number that no open waits with (process_access_response in
+ * fanotify_user.c).  A call is restarted, and asked about again, after a signal (seccomp_unotify(2));
+ * freezing interrupts it as one, and no process sees it.
+ */
+static void release_waiting(int group)
+{
+	struct fanotify_response answer = { .response = FAN_ALLOW };
+	char path[PATH_MAX], frozen = '0';
+	int fd;
+
+	for (answer.fd = 0; group >= 0 && answer.fd < MOST_TAKEN; answer.fd++)
+		(void)!write(group, &answer, sizeof(answer));
+	snprintf(path, sizeof(path), "%s/cgroup.freeze", cgroup);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	(void)!read(fd, &frozen, 1);
+	close(fd);
+	if (frozen == '1') /* on purpose: they are asked about when it is thawed */
+		return;
+	cgroup_write("cgroup.freeze", "1");
+	cgroup_write("cgroup.freeze", "0");
+}
+
 /* Give one descriptor away under its name. */
 static int give(int peer, const struct held *one)
 {
@@ -309,6 +336,7 @@ static void keep_open(const char *why, char **gc)
 		if (!strncmp(held[n].name, "seccomp", 7))
 			watched[count++] = (struct pollfd){ .fd = held[n].fd, .events = POLLIN };
 	end_supervisor();
+	release_waiting(watched[1].fd);
 	say("open", why, 0);
 	dprintf(STDERR_FILENO, "mis-watchdog: %s: %s; it goes on UNGUARDED until: mis attach %s\n", run,
 		why, run);

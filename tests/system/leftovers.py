@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -27,9 +28,10 @@ def snapshot() -> dict[str, list[str]]:
         if "/run/mis" in line or "mis-" in line
     ]
     state = sorted(
-        str(path)
-        for path in Path("/run/mis").rglob("*")
-        if path.is_file() and "net" not in path.parts
+        os.path.join(folder, name)
+        for folder, _, files in os.walk("/run/mis")  # unlike rglob: folders may go meanwhile
+        for name in files
+        if "net" not in Path(folder).parts
     )
     switches = [
         f"{name}={Path('/proc/sys', name).read_text().strip()}"

@@ -64,6 +64,27 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
     print(udp.connect_ex(("192.0.2.7", 9)), flush=True)
 sys.exit(7)
 """
+STORM = """
+import ctypes, os, signal, time
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+def read():
+    try:
+        os.close(os.open(".env", os.O_RDONLY))
+    except PermissionError:
+        pass
+mount = lambda mount=ctypes.CDLL(None).mount: mount(None, None, None, 0, None)
+print("begun", flush=True)
+for number in range(8):
+    if not os.fork():
+        out = os.open(f"acts-{number}", os.O_WRONLY | os.O_CREAT)
+        acts = 0
+        while True:
+            ACT()
+            acts += 1
+            os.pwrite(out, str(acts).encode(), 0)
+while not os.path.exists("stop"):
+    time.sleep(0.05)
+"""
 
 
 @pytest.fixture
@@ -81,7 +102,7 @@ def lines(folder: Path) -> list[list[str]]:
     return [line.split() for line in (folder / "out").read_text().splitlines()]
 
 
-def begin(folder: Path, name: str) -> subprocess.Popen[bytes]:
+def begin(folder: Path, name: str, lines_first: int = 3) -> subprocess.Popen[bytes]:
     """The loop under an open profile, its output in a file: it outlives our pipes."""
     options = ("--profile", str(folder.parent / "open.toml"), "--name", name)
     options += ("--log", str(folder.parent / "record.jsonl"))
@@ -94,7 +115,7 @@ def begin(folder: Path, name: str) -> subprocess.Popen[bytes]:
             stdout=quiet,
             stderr=err,
         )
-    wait_for(lambda: (folder / "out").exists() and len(lines(folder)) > 2, 20)
+    wait_for(lambda: (folder / "out").exists() and len(lines(folder)) >= lines_first, 20)
     return agent
 
 
@@ -173,6 +194,32 @@ def test_a_second_supervisor_can_be_lost_too(workspace: Path) -> None:
     (workspace / "stop").touch()
     assert second.wait(20) == 7
     assert snapshot() == before
+
+
+@pytest.mark.parametrize("act", ["read", "mount"])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_whoever_waits_for_an_answer_when_it_is_lost_goes_on(
+    fault: signal.Signals, act: str, workspace: Path
+) -> None:
+    """What the supervisor had taken and not answered, or would have answered late, is let pass."""
+    before = snapshot()
+    (workspace / "loop.py").write_text(STORM.replace("ACT", act))
+    agent = begin(workspace, f"waits-{act}", lines_first=1)
+    wait_for(lambda: len(acts(workspace)) == 8)
+    os.kill(agent.pid, fault)
+    agent.wait(10)
+    mark = acts(workspace)
+    wait_for(lambda: all(now > then for now, then in zip(acts(workspace), mark, strict=True)))
+    again = subprocess.Popen([*MIS, "attach", f"waits-{act}"], stderr=subprocess.DEVNULL)
+    wait_for(lambda: records(workspace, "run.attached"))
+    (workspace / "stop").touch()
+    assert again.wait(20) == 0
+    assert snapshot() == before
+
+
+def acts(folder: Path) -> list[int]:
+    """How much each process of the storm has done."""
+    return [int(file.read_text() or 0) for file in sorted(folder.glob("acts-*"))]
 
 
 @pytest.mark.parametrize(("level", "met"), [(5, "0"), (3, "1")])
