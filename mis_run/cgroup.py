@@ -18,7 +18,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from mis_run import cgroup_kill, cgroup_own, cgroup_stats
-from mis_run.cgroup_detect import LIMITS, PARENT, PROBE, detect, mount_private, supported
+from mis_run.cgroup_detect import (
+    LIMITS,
+    PARENT,
+    PROBE,
+    detect,
+    mount_private,
+    places,
+    supported,
+)
 from mis_run.cgroup_own import WATCHDOG, make, remove_if_unused
 from mis_run.cgroup_stats import Usage
 from mis_run.errors import SetupError
@@ -33,6 +41,7 @@ EMPTY_WITHIN = 5.0  # seconds a killed cgroup gets to become empty, and to be re
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 RUN_ID = re.compile(r"[0-9a-f]{8}")
 OURS = PurePosixPath("/", PARENT)
+PARENTS = (PARENT, "mis.slice/mis-*.scope")  # of runs, in every hierarchy
 
 
 class Cgroup:
@@ -78,7 +87,7 @@ class Cgroup:
         refuses (the process is gone).
         """
         try:
-            if f"0::{self.oci_path}\n" in Path(f"/proc/{pid}/cgroup").read_text():
+            if places(Path(f"/proc/{pid}")).get("") == self.oci_path:
                 return
             self.agent.mkdir(exist_ok=True)
             (self.agent / "cgroup.procs").write_text(str(pid))
@@ -251,22 +260,20 @@ def gc(live_ids: Collection[str]) -> list[str]:
         return []
     dead: dict[str, set[PurePosixPath]] = {}
     for top in dict.fromkeys([unified, *controllers.values()]):
-        for pattern in (f"{PARENT}/*", "mis.slice/mis-*.scope/*"):
-            for path in top.glob(pattern):
+        for pattern in PARENTS:
+            for path in top.glob(f"{pattern}/*"):
                 if path.is_dir() and RUN_ID.fullmatch(path.name) and path.name not in live_ids:
                     parent = PurePosixPath("/", path.relative_to(top).parent)
                     dead.setdefault(path.name, set()).add(parent)
     for run_id, parents in dead.items():
         for parent in parents:
             Cgroup(run_id, unified, controllers, parent).remove()
-    left = [path for path in unified.glob(f"{PROBE}*") if not _alive(path.name)]
-    for pattern in (PARENT, "mis.slice/mis-*.scope"):
-        dogs = unified.glob(f"{pattern}/*{WATCHDOG}")
-        left += [path for path in dogs if path.name.removesuffix(WATCHDOG) not in live_ids]
-    for path in left:
+    probes = [path for path in unified.glob(f"{PROBE}*") if not _alive(path.name)]
+    found = (path for pattern in PARENTS for path in unified.glob(f"{pattern}/*{WATCHDOG}"))
+    dogs = [path for path in found if path.name.removesuffix(WATCHDOG) not in live_ids]
+    for path in (*probes, *dogs, *(dog.parent for dog in dogs)):
         remove_if_unused(path)
-        remove_if_unused(path.parent)
-    return sorted([*dead, *(path.name for path in left)])
+    return sorted([*dead, *(path.name for path in (*probes, *dogs))])
 
 
 def _alive(probe: str) -> bool:

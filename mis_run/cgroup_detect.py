@@ -35,10 +35,7 @@ def detect(proc: Path = Path("/proc/self")) -> Detected:
     kernel's own name, to the mount point of the hierarchy it lives in; named v1 hierarchies appear
     as ``name=systemd``, because the runtime makes directories there too.
     """
-    names = set()
-    for line in (proc / "cgroup").read_text().splitlines():
-        names.update(line.split(":", 2)[1].split(","))
-    names.discard("")
+    names = {name for name in places(proc) if name}
     unified: Path | None = None
     controllers: dict[str, Path] = {}
     for point, kind, options in _mounts((proc / "mountinfo").read_text()):
@@ -51,6 +48,13 @@ def detect(proc: Path = Path("/proc/self")) -> Detected:
         listed = _read(unified / "cgroup.controllers")
         controllers |= {name: unified for name in listed.split() if name not in controllers}
     return ("v1" if unified is None else "hybrid" if v1 else "v2"), unified, controllers
+
+
+def places(proc: Path = Path("/proc/self")) -> dict[str, str]:
+    """controller → path in its hierarchy of the process with this /proc directory; ``""`` is cgroup
+    v2 (cgroups(7)). Raises OSError."""
+    fields = (line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines())
+    return {name: path for _, names, path in fields for name in names.split(",")}
 
 
 def _mounts(text: str) -> list[tuple[Path, str, str]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from mis_run.cgroup_detect import places
 from mis_run.errors import SetupError
 from mis_run.later import Later
 
@@ -69,8 +70,7 @@ def expect(root: Path) -> Later[None]:
 
 def _here(root: Path) -> Path:
     """The v2 cgroup that we are in."""
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    return root / next((line[4:] for line in lines if line.startswith("0::/")), "")
+    return root / places().get("", "/")[1:]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
+from mis_run.cgroup_detect import places
 from mis_run.errors import SetupError
 from mis_run.hints import Any
 from mis_run.linux import programs
@@ -80,10 +81,9 @@ def scope(run_id: str, unified: Path) -> Iterator[PurePosixPath]:
 def _wait(holder: Any, unit: str, argv: list[str]) -> PurePosixPath:
     end = time.monotonic() + READY_WITHIN
     while holder.poll() is None and time.monotonic() < end:
-        for line in Path(f"/proc/{holder.pid}/cgroup").read_text().splitlines():
-            path = PurePosixPath(line.partition("::")[2] or "/")
-            if line.startswith("0::") and path.name == unit:
-                return path
+        path = PurePosixPath(places(Path(f"/proc/{holder.pid}")).get("", "/"))
+        if path.name == unit:
+            return path
         time.sleep(0.002)
     if holder.poll() is None:
         raise SetupError(f"{' '.join(argv)}: not in {unit} after {READY_WITHIN:g} s", hint=HINT)

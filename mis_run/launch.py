@@ -236,7 +236,8 @@ def _launch(
         elif "file" in guards:
             box.hold(files.group)  # while a copy is open, opens wait for a verdict
         guard.verify(box.probe, box.probe_all)
-        for one in (one for one in guards.values() if one is not guard):
+        _, *others = guards.values()
+        for one in others:
             one.verify(box.probe)
         if link and link.interface:
             guard.verify_xdp(link.netns)

@@ -13,6 +13,7 @@ from mis_run import cgroup_kill
 from mis_run.box import Box
 from mis_run.build import built
 from mis_run.cgroup import Cgroup
+from mis_run.cgroup_detect import places
 from mis_run.errors import SetupError, VerifyError
 from mis_run.linux.spawn import spawn
 from mis_run.model import Host
@@ -38,10 +39,12 @@ class EngineCgroup(Cgroup):
 def cgroup_of(pid: int, host: Host) -> EngineCgroup:
     """The cgroup of a container's init. Raises SetupError when it is not the container's alone."""
     assert host.unified is not None
-    paths = _paths(Path(f"/proc/{pid}/cgroup"))
-    ours = _paths(Path("/proc/self/cgroup"))[""]
-    place = PurePosixPath(paths[""])
-    if PurePosixPath(ours).is_relative_to(place) or not (host.unified / str(place)[1:]).is_dir():
+    try:
+        paths = places(Path(f"/proc/{pid}"))
+    except OSError as error:
+        raise SetupError(f"the container's init (pid {pid}) ended: {error.strerror}") from error
+    place, ours = PurePosixPath(paths[""]), PurePosixPath(places()[""])
+    if ours.is_relative_to(place) or not (host.unified / str(place)[1:]).is_dir():
         raise SetupError(
             f"the container has no cgroup of its own (cgroup v2: {place})",
             hint="mis-run tells containers apart by their cgroups; see docs/docker.md",
@@ -52,16 +55,6 @@ def cgroup_of(pid: int, host: Host) -> EngineCgroup:
         if top == host.unified or paths.get(name) == str(place)
     }
     return EngineCgroup(place.name, host.unified, controllers, place.parent, leaf="")
-
-
-def _paths(file: Path) -> dict[str, str]:
-    """controller → path in its hierarchy, ``""`` for cgroup v2."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError as error:
-        raise SetupError(f"{file}: {error.strerror}: the container's init ended") from error
-    fields = (line.split(":", 2) for line in lines)
-    return {name: path for _, names, path in fields for name in names.split(",")}
 
 
 def check_filter(pid: int) -> None:
