@@ -147,14 +147,14 @@ class Tracker:
             self.level = min(self.level, self._level_of(self.count))
         return self._changed(before, event.kind if self.level < before else "decay", now)
 
-    def set(self, level: int) -> Change | None:
+    def set(self, level: int, cause: str = "operator") -> Change | None:
         """Set the level by hand; the count follows, so that decay and thresholds go on from it."""
         now = self._clock()
         before, self.level = self.level, level
         self.count = (0, *self._settings.thresholds)[NORMAL - level]
         self._last = now
         self._recent.clear()
-        return self._changed(before, "operator", now)
+        return self._changed(before, cause, now)
 
     def tick(self) -> Change | None:
         """Let time pass: to be called at `next_deadline`, so that levels fall by themselves."""

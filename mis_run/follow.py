@@ -224,6 +224,11 @@ class Follower:
             kernel.recount(0)  # what it counted itself would keep the level where it was
         self._changed(self.tracker.set(level))
 
+    def catch_up(self) -> None:
+        """What the kernel counted while nobody followed holds for everything else too."""
+        if (kernel := self.guards.get("kernel")) and (level := kernel.level()) < self.tracker.level:
+            self._changed(self.tracker.set(level, "kernel"))
+
     def unwatched(self) -> None:
         """The watchdog died. Closed: without it a hung supervisor would go unnoticed."""
         self.kill(Ending("killed: its watchdog died", GuardLost.exit_code))

@@ -2,7 +2,8 @@
 
 ``supported`` → ``attach`` → ``verify`` → ``read``, ``renew`` → detach, the context's end.
 Adding an agent only writes maps.  If we are killed its entries stay, and with them the guard: when
-the deadline has passed every act of the agent is denied and kills it (`lsm_plane.sweep` tidies up).
+the deadline has passed every act of the agent is denied and kills it (`lsm_plane.sweep` tidies up),
+or all is only told until another supervisor takes it over (`lsm_attach`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mis_run.dataclass import dataclass, field, replace
+from mis_run.defcon import NORMAL
 from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event
 from mis_run.guards import lsm_abi, lsm_plane
 from mis_run.guards.file import NO_CHILD
-from mis_run.guards.lsm_abi import PLACE, RULE, STATE, own_words
+from mis_run.guards.lsm_abi import AGENT, PLACE, RULE, STATE, own_words
 from mis_run.guards.lsm_plane import supported
 from mis_run.guards.lsm_policy import Compiled
 from mis_run.guards.lsm_settings import LsmPolicy, Settings
@@ -53,7 +55,10 @@ class Counts:
 class LsmGuard:
     """An attached guard."""
 
-    def __init__(self, cgroup: Path, policy: LsmPolicy, plane: lsm_plane.Plane) -> None:
+    def __init__(
+        self, cgroup: Path, policy: LsmPolicy, plane: lsm_plane.Plane, ring: int | None = None
+    ) -> None:
+        """``ring`` is a descriptor, from now on ours, of the ring that the agent has already."""
         self.id = cgroup.stat().st_ino
         self._cgroup = cgroup
         self._policy = policy
@@ -66,8 +71,8 @@ class LsmGuard:
             raise SetupError(f"{cgroup} is nested more than {DEEPEST} deep")
         own = own_words(policy.rules.entries)
         self._settings = Settings(id=self.id, depth=depth, own=own, deadline=policy.deadline)
-        self._ring_fd = bpf_pins.make_ring(RING)
-        self._ring = libbpf.Ring(libbpf.Map(self._ring_fd))
+        self.ring = bpf_pins.make_ring(RING) if ring is None else ring
+        self._ring = libbpf.Ring(libbpf.Map(self.ring))
 
     # ---- the agent's settings -------------------------------------------------------------
 
@@ -102,6 +107,14 @@ class LsmGuard:
         _, count, _, *rest = self._state()
         return Counts(count, *rest)
 
+    def level(self) -> int:
+        """DEFCON as the kernel has it from its own count (level_of in verdict.bpf.h)."""
+        settings = self._policy.defcon
+        _, count, last, *_ = self._state()
+        if count < settings.thresholds[3]:
+            count >>= int((time.monotonic_ns() - last) / (settings.decay * 1e9))
+        return NORMAL - sum(count >= threshold for threshold in settings.thresholds)
+
     # ---- attaching ------------------------------------------------------------------------
 
     def register(self) -> None:
@@ -112,10 +125,20 @@ class LsmGuard:
             self._slot = plane.free_slot()
             self._settings.generation = plane.next_epoch()
             self._reset()
-            plane.rings.update(self._key, struct.pack("=I", self._ring_fd))
+            plane.rings.update(self._key, struct.pack("=I", self.ring))
             self.renew()
             plane.slots.update(self._key, struct.pack("=I", self._slot))
             plane.announce()
+
+    def take_over(self, level: int) -> None:
+        """Instead of `register`, for an agent that the plane knows: its rules and its count stay as
+        they are, its level is at most this.  Raises SetupError."""
+        slot = self._plane.slot(self.id)
+        if slot is None:
+            raise SetupError("kernel plane: it does not know the agent any more", hint="mis ps")
+        self._slot, self._proving = slot, False
+        self._settings.generation = AGENT.unpack(self._plane.agents.read(slot))[1]
+        self.set_level(level)
 
     def replace(self, rules: Compiled) -> None:
         """Other rules for what begins after this; until then an act may meet some of both.
@@ -155,8 +178,12 @@ class LsmGuard:
         """The agent is known no more, and nothing of it is left in the maps."""
         with lsm_plane.locked():
             self._plane.forget(self.id)
+        self.release()
+
+    def release(self) -> None:
+        """Close our descriptors; the agent is judged as before."""
         self._ring.close()
-        os.close(self._ring_fd)
+        os.close(self.ring)
         self._plane.close()
         self._policy.rules.release()
 
@@ -224,18 +251,23 @@ class LsmGuard:
 
     def beat(self, probe: Callable[[str], int]) -> None:
         """The canary opened by the container's init: refused and counted. Raises VerifyError."""
+        met = self._tried(probe)
+        if met == 0 and self._policy.on_loss == "open":
+            met = self._tried(probe)  # were we late, it was only told of: that proves nothing
+        if self._policy.enforce and met not in (errno.EPERM, *NO_CHILD):
+            raise VerifyError(f"kernel plane: the canary met {abi.error(met)}, not EPERM")
+
+    def _tried(self, probe: Callable[[str], int]) -> int:
+        self.renew()
         before = self.counts().canaries
         met = probe(f"open 0 {self._policy.canary}")
-        if met in NO_CHILD:
-            return
-        if self.counts().canaries == before:
+        if met not in NO_CHILD and self.counts().canaries == before:
             raise VerifyError(
                 f"kernel plane: the canary inside the container was not refused by it "
                 f"(it met {abi.error(met)})",
                 hint="mis doctor",
             )
-        if self._policy.enforce and met != errno.EPERM:
-            raise VerifyError(f"kernel plane: the canary met {abi.error(met)}, not EPERM")
+        return met
 
 
 def in_cgroup(cgroup: Path, act: Callable[[], object]) -> int:

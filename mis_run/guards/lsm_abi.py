@@ -6,6 +6,7 @@ Events become `Event` here.  Out of scope: who may do what (`lsm_policy`), attac
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntFlag
 
@@ -77,6 +78,8 @@ NET_ACTS = ("socket", "unix")
 ACTS = (*FILE_ACTS, "exec", *ESCAPE_ACTS, *NET_ACTS)
 """Words for enum mis_act, in its order."""
 EXEC = len(FILE_ACTS)
+LAYOUT = (*(one.format for one in (PLACE, RULE, AGENT, STATE, PLANE, EVENT)), *ACTS)
+"""Of the maps and events: a plane of another layout is not ours to write to."""
 
 # What `detail` of an act is; for the others it says nothing.
 DETAILS: Mapping[str, str] = {
@@ -121,7 +124,7 @@ def event(sample: bytes, texts: Sequence[str]) -> Event:
     """One event of the ring buffer; ``texts`` are the profile lines by number, 1 the first."""
     if len(sample) != EVENT.size:
         return Event(kind="lsm.malformed", subject={"bytes": len(sample)})
-    (_, agent, inode, device, pid, uid, rule, right, detail, path_at, what, verdict, level) = (
+    (at, agent, inode, device, pid, uid, rule, right, detail, path_at, what, verdict, level) = (
         fields := EVENT.unpack(sample)
     )[:13]
     if what >= len(ACTS) or verdict > 3:
@@ -157,4 +160,6 @@ def event(sample: bytes, texts: Sequence[str]) -> Event:
         comm=comm.split(b"\0")[0].decode(errors="replace"),
         subject=subject,
         rule=texts[rule - 1] if 0 < rule <= len(texts) else WORDS.get(rule, "default"),
+        # It may have lain there for hours: until a new supervisor came.
+        time=time.time() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - at) / 1e9,
     )
