@@ -174,14 +174,14 @@ def _supervise(
         guards["escape"] = on(escape.attach(held["seccomp"], stance))
     if known.policy is not None:
         guards["file"] = on(files(known, held, track))
-    meanwhile: list[Event] = []
     if known.kernel is not None:
         from mis_run.guards import kernel
 
         plane = on(kernel.adopt(known.kernel, group.unified, held["ring"], track.level))
         guards["kernel"] = plane
         loop.every(settings.liveness.beat, plane.renew)
-        meanwhile = kernel.backlog(plane)
+        for event in kernel.backlog(plane):
+            record.write(event)  # not counted: the kernel has done that, each at its time
     counted = on(counters.attach(group.unified, settings.counters))
     follower = Follower(
         loop=loop,
@@ -209,8 +209,6 @@ def _supervise(
     on(supervise.signals(loop, follower.signal))
     follower.on_resize = on(terminal.relay(loop, box.pty))
     dog.start(follower.unwatched, follower.dog_says)
-    for event in meanwhile:
-        record.write(event)  # not counted: the kernel has done that, each at its time
     subject: dict[str, Any] = {"supervisor": os.getpid(), "level": track.level}
     if known.kernel is not None:
         subject["kernel"] = plain(plane.counts())

@@ -22,9 +22,10 @@
  * GC-COMMAND.  What is held is closed last: opens that wait for a verdict wait until the end.
  *
  * open: the agent goes on without verdicts.  Opens are let through and counted ("fanotify"), calls
- * of the escape guard too ("seccomp…", one per filter); the kernel plane's acts are audited by itself once it
- * gets no beat either; the network's rules are the kernel's and stay in force.  The run's lock ("lock") keeps it from being cleaned up.  Whoever of root connects to the socket
- * "attach" gets everything that is held, becomes the supervisor, and its connection the beats.
+ * of the escape guard too ("seccomp…", one per filter); the kernel plane, which misses its own beats,
+ * audits; the network's rules are the kernel's and stay in force.  The run's lock ("lock") keeps it
+ * from being cleaned up.  Whoever of root connects to the socket "attach" gets everything that is
+ * held under a name, becomes the supervisor, and its connection the beats.
  * When the agent's init ("init", a pidfd) ends, GC-COMMAND removes what is left.
  * Out of scope: judging violations, cleaning up.
  */
