@@ -74,7 +74,7 @@ def test_the_plan_chooses_it(workspace: Path) -> None:
     assert mechanisms(*named) & both == both
     lost = str(workspace.parent / "lost.toml")
     Path(lost).write_text('extends = "default"\n[liveness]\non_loss = "open"\n')
-    assert mechanisms("--profile", lost) & both == {"fanotify"}
+    assert mechanisms("--profile", lost) & both == {"bpf-lsm"}
     assert "judged in LSM hooks" in mis("doctor").stdout
 
 

@@ -34,7 +34,7 @@ deny = [DENY]
 [exec]
 allow = ["@system", "$WORKSPACE/open"]
 [defcon]
-thresholds = [2, 1000, 2000, 3000]
+thresholds = [2, ELEVATED, 2000, 3000]
 decay = "1h"
 [liveness]
 on_loss = "open"
@@ -109,9 +109,12 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [e for line in text.splitlines() if (e := json.loads(line))["kind"].startswith(kind)]
 
 
-def begin(folder: Path, name: str, deny: str, *files: str) -> subprocess.Popen[bytes]:
+def begin(
+    folder: Path, name: str, *files: str, deny: str = '"..."', elevated: int = 1000
+) -> subprocess.Popen[bytes]:
     """The loop, its output in a file: it outlives our pipes."""
-    (folder.parent / "open.toml").write_text(PROFILE.replace("DENY", deny))
+    text = PROFILE.replace("DENY", deny).replace("ELEVATED", str(elevated))
+    (folder.parent / "open.toml").write_text(text)
     words = ("--profile", str(folder.parent / "open.toml"), "--name", name, "--net", "none")
     words += ("--plane", "kernel", "--log", str(folder.parent / "record"))
     loop = f"exec /usr/bin/python3 -I -c '{LOOP}' {' '.join(files)} >> open/out"
@@ -128,19 +131,25 @@ def begin(folder: Path, name: str, deny: str, *files: str) -> subprocess.Popen[b
 
 
 @pytest.mark.parametrize(
-    ("fault", "deny", "files"),
+    ("fault", "deny", "files", "elevated", "level"),
     [
-        (signal.SIGKILL, '"..."', ("none/file",)),
-        (signal.SIGSTOP, '"...", "**/*.key"', ("none/file", "open/a.key")),
+        (signal.SIGKILL, '"..."', ("none/file",), 1000, 4),
+        (signal.SIGSTOP, '"...", "**/*.key"', ("none/file", "open/a.key"), 60, 3),
     ],
-    ids=["killed", "hangs, both planes"],
+    ids=["killed", "hangs-both-planes"],
 )
 def test_it_is_taken_over(
-    fault: signal.Signals, deny: str, files: tuple[str, ...], workspace: Path
+    fault: signal.Signals,
+    deny: str,
+    files: tuple[str, ...],
+    elevated: int,
+    level: int,
+    workspace: Path,
 ) -> None:
     """Refused before the loss; past the deadline let through, and told; refused again after ``mis
-    attach``, by the same entries in the maps, with level and count kept; the exit code arrives."""
-    agent = begin(workspace, "outlives", deny, *files)
+    attach``, by the same entries in the maps, with count and level as the kernel kept them; the
+    exit code arrives."""
+    agent = begin(workspace, "outlives", *files, deny=deny, elevated=elevated)
     refused, read = (" ".join([word] * len(files)) for word in ("refused", "read"))
     assert set(lines(workspace)) == {refused}
     before, rules = known(), entries()
@@ -148,6 +157,9 @@ def test_it_is_taken_over(
     agent.wait(30)
     wait_for(lambda: lines(workspace)[-3:] == [read] * 3, 30)
     assert records(workspace, "watchdog.open")
+    if level == 3:
+        assert before[2] < elevated
+        wait_for(lambda: known()[2] >= elevated, 60)
     assert entries() == rules
     argv = [*MIS, "attach", "outlives"]
     again = subprocess.Popen(argv, stdin=-3, stdout=-3, stderr=-1, text=True)
@@ -169,13 +181,15 @@ def test_it_is_taken_over(
     assert {verdict for when, verdict in told if when < lost - 2} == {"deny"}
     assert "audit" in {verdict for when, verdict in told if lost < when < back}
     assert {verdict for when, verdict in told if when > back} == {"deny"}
-    assert records(workspace, "run.exit")[0]["subject"]["level"] == 4
+    assert records(workspace, "run.exit")[0]["subject"]["level"] == level
+    causes = [event["subject"]["cause"] for event in records(workspace, "defcon.change")]
+    assert causes == ["file.open", *["kernel"] * (level == 3)]
 
 
 def test_nobody_attaches(workspace: Path) -> None:
     """It goes on and is not refused again; what its rules name stays held; when it ends by itself
     the watchdog leaves nothing (see the fixture)."""
-    agent = begin(workspace, "alone", '"..."', "none/file")
+    agent = begin(workspace, "alone", "none/file")
     plane = lsm_plane.ensure()
     number = len(plane.rules.keys(PLACE.size))
     plane.close()
