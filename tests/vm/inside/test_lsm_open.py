@@ -40,7 +40,7 @@ decay = "1h"
 on_loss = "open"
 deadline = "4s"
 beat = "200ms"
-canary = "2s"
+canary = "CANARY"
 """
 LOOP = """
 import os, sys, time
@@ -110,11 +110,16 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def begin(
-    folder: Path, name: str, *files: str, deny: str = '"..."', elevated: int = 1000
+    folder: Path,
+    name: str,
+    *files: str,
+    deny: str = '"..."',
+    elevated: int = 1000,
+    canary: str = "2s",
 ) -> subprocess.Popen[bytes]:
     """The loop, its output in a file: it outlives our pipes."""
     text = PROFILE.replace("DENY", deny).replace("ELEVATED", str(elevated))
-    (folder.parent / "open.toml").write_text(text)
+    (folder.parent / "open.toml").write_text(text.replace("CANARY", canary))
     words = ("--profile", str(folder.parent / "open.toml"), "--name", name, "--net", "none")
     words += ("--plane", "kernel", "--log", str(folder.parent / "record"))
     loop = f"exec /usr/bin/python3 -I -c '{LOOP}' {' '.join(files)} >> open/out"
@@ -220,7 +225,7 @@ def test_nobody_attaches(workspace: Path) -> None:
 
 def test_a_second_supervisor_can_be_lost_too(workspace: Path) -> None:
     """What attached is watched as the first was, and a third guards by the same entries."""
-    agent = begin(workspace, "twice", "none/file")
+    agent = begin(workspace, "twice", "none/file", canary="1h")
     before, rules = known(), entries()
     agent.kill()
     agent.wait(30)
@@ -231,6 +236,9 @@ def test_a_second_supervisor_can_be_lost_too(workspace: Path) -> None:
     wait_for(lambda: lines(workspace)[-2:] == ["read"] * 2, 30)
     third = attach(workspace, "twice", 2)
     wait_for(lambda: lines(workspace)[-2:] == ["refused"] * 2, 30)
+    mark = len(lines(workspace))
+    time.sleep(6)  # longer than the deadline, which no canary puts off here
+    assert set(lines(workspace)[mark:]) == {"refused"}
     assert known()[:2] == before[:2] and entries() == rules
     (workspace / "open/stop").touch()
     assert third.wait(30) == 7
