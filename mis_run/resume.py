@@ -181,6 +181,7 @@ def _supervise(
         denials=Denials(path / "info"),
     )
     follower.watch()
+    box.on_loss("open")  # as it is; answers before this one were for the supervisor that is lost
     for one in guards.values():
         one.beat(box.probe)
     netns = held.get("netns")
