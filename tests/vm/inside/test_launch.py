@@ -192,7 +192,7 @@ print(time.monotonic() - began)
 
 
 @pytest.mark.parametrize("act", [True, False])
-def test_denials_are_late(act: bool, workspace: Path) -> None:
+def test_delays_are_frozen_out(act: bool, workspace: Path) -> None:
     """Together by all their delays; the control only counts."""
     levels = "[defcon]\nthresholds = [1, 2, 900, 1000]\ndelays = [0.0001, 0.5, 0.5]\n"
     done = run(
