@@ -261,7 +261,7 @@ def _launch(
         on(control.serve(loop, run_dir.path / "control.sock", requests.handler(follower)))
         on(supervise.signals(loop, follower.signal))
         follower.on_resize = on(terminal.relay(loop, box.pty))
-        dog.start(follower.unwatched, follower.dog_says)
+        follower.watched(dog)
         facts = {**report.facts(plan, record), "covered": [*inside.hidden]}
         run_dir.note(phase="running", pid=box.pid, **facts)
         record.write(Event(kind="run.start", subject=facts))

@@ -108,6 +108,10 @@ class Watchdog:
         """We go on."""
         self._send(b"resume")
 
+    def frozen(self, on: bool) -> None:
+        """We are about to freeze the agent, or it goes on."""
+        self._send(b"frozen" if on else b"thawed")
+
     def farewell(self) -> None:
         """The agent is gone: the watchdog may go too. What it held is the last copy, and the kernel
         takes its time to release that, so the rest is undone meanwhile."""

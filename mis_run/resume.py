@@ -14,10 +14,9 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
-from mis_run import control, gc, liveness, names, reaction, report, state, supervise, terminal
+from mis_run import control, gc, liveness, names, report, state, supervise, terminal
 from mis_run.box import Box
 from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
@@ -195,7 +194,7 @@ def _supervise(
         denials=Denials(path / "info"),
     )
     follower.watch()
-    reaction.thaw(plan, partial(group.freeze, timeout=0.0))  # or nobody inside could be asked
+    box.on_loss("open")  # as it is; answers before this one were for the supervisor that is lost
     for one in guards.values():
         one.beat(box.probe)
     netns = held.get("netns")
@@ -208,7 +207,7 @@ def _supervise(
     on(control.serve(loop, path / "control.sock", requests.handler(follower)))
     on(supervise.signals(loop, follower.signal))
     follower.on_resize = on(terminal.relay(loop, box.pty))
-    dog.start(follower.unwatched, follower.dog_says)
+    follower.watched(dog)
     subject: dict[str, Any] = {"supervisor": os.getpid(), "level": track.level}
     if known.kernel is not None:
         subject["kernel"] = plain(plane.counts())
@@ -241,7 +240,7 @@ def network(
         {name.removeprefix(MAPS): fd for name, fd in held.items() if name.startswith(MAPS)},
         known.sources,
         enforce=known.plan.profile.enforce,
-        closed=track.effects.destinations,
+        stance=track.stance(enforce=known.plan.profile.enforce),
     )
 
 

@@ -13,7 +13,8 @@
  * run's record; 6 and 7 cgroup.procs of the cgroup to be in and of the one to clean up from (or
  * /dev/null).  Beats are datagrams: "beat"; "hold NAME" with a descriptor; "hold" with some that have
  * no name, and stay open until the end; "pause" (the supervisor is stopped on purpose); "resume";
- * "drop NAME"; "bye" (normal end).  Answers: "late", "recovered".
+ * "frozen" (the agent, by the supervisor); "thawed"; "drop NAME"; "bye" (normal end).  Answers:
+ * "late", "recovered".
  *
  * Until the first "beat" the launch is being set up, which takes as long as it takes: only the end
  * of the beats counts.  Lost means: no word for DEADLINE_MS, or the end of the beats without "bye".
@@ -59,6 +60,7 @@ enum { BEATS = 3, SUPERVISOR = 4, RECORD = 5, ENTER = 6, LEAVE = 7 };
 #define NAME 24
 
 static const char *run, *cgroup;
+static int frozen; /* the agent, by the supervisor */
 static struct held {
 	char name[NAME];
 	int fd;
@@ -267,19 +269,20 @@ static int let_call_pass(int listener)
 static void release_waiting(int group)
 {
 	struct fanotify_response answer = { .response = FAN_ALLOW };
-	char path[PATH_MAX], frozen = '0';
+	char path[PATH_MAX], others = '0';
 	int fd;
 
 	for (answer.fd = 0; group >= 0 && answer.fd < MOST_TAKEN; answer.fd++)
 		(void)!write(group, &answer, sizeof(answer));
 	snprintf(path, sizeof(path), "%s/cgroup.freeze", cgroup);
 	fd = open(path, O_RDONLY | O_CLOEXEC);
-	(void)!read(fd, &frozen, 1);
+	(void)!read(fd, &others, 1);
 	close(fd);
-	if (frozen == '1') /* on purpose: they are asked about when it is thawed */
+	if (others == '1' && !frozen) /* an engine's pause: they are asked about when that ends */
 		return;
 	cgroup_write("cgroup.freeze", "1");
 	cgroup_write("cgroup.freeze", "0");
+	frozen = 0;
 }
 
 /* Give one descriptor away under its name. */
@@ -435,6 +438,8 @@ static const char *watch(long deadline, long beat)
 			return NULL;
 		if (!strncmp(word, "drop ", 5))
 			drop(word + 5);
+		else if (!strcmp(word, "frozen") || !strcmp(word, "thawed"))
+			frozen = *word == 'f';
 		else if (strncmp(word, "hold", 4))
 			paused = !strcmp(word, "pause");
 		if (!late && !strcmp(word, "beat") && now - last > 2 * beat + deadline / 4) {

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mis_run.dataclass import dataclass, field, replace
-from mis_run.defcon import NORMAL
+from mis_run.defcon import NORMAL, SPIN
 from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event
 from mis_run.guards import lsm_abi, lsm_plane
@@ -212,6 +212,10 @@ class LsmGuard:
         return [lsm_abi.event(sample, texts) for sample in samples]
 
     # ---- proof ----------------------------------------------------------------------------
+
+    def answers_late(self, delay: float) -> bool:
+        """As long as a hook may wait."""
+        return delay <= SPIN
 
     def verify(self, probe: Callable[[str], int] | None = None) -> None:
         """A read, an exec and a mount that no rule allows, by a child of ours in the agent's

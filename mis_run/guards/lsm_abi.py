@@ -15,7 +15,7 @@ from mis_run.hints import Any
 
 PLACE = struct.Struct("=QQII")
 RULE = struct.Struct("=HHII")
-AGENT = struct.Struct("=QQQQQII4I6BH16Q")
+AGENT = struct.Struct("=QQQQQII4I6BH4I16Q")
 STATE = struct.Struct("=IIQQQQQQQQ")
 SLOTS = 4096
 PLANE = struct.Struct("=QQ")

@@ -172,6 +172,40 @@ deny = ["$WORKSPACE/open/outlaw"]
     assert Path("/etc/shadow").read_bytes()
 
 
+LATE = """
+import os, time
+def deny():
+    try:
+        os.close(os.open("/etc/shadow", os.O_RDONLY))
+    except PermissionError:
+        return
+    raise SystemExit("not denied")
+for _ in range(3):
+    deny()
+time.sleep(1)  # the supervisor has heard of all
+began = time.monotonic()
+for _ in range(10):
+    deny()
+time.sleep(0.5)
+print(time.monotonic() - began)
+"""
+
+
+@pytest.mark.parametrize("act", [True, False])
+def test_delays_are_frozen_out(act: bool, workspace: Path) -> None:
+    """Together by all their delays; the control only counts."""
+    levels = "[defcon]\nthresholds = [1, 2, 900, 1000]\ndelays = [0.0001, 0.5, 0.5]\n"
+    done = run(
+        *("/usr/bin/python3", "-I", "-c", LATE),
+        cwd=workspace,
+        options=profile(workspace, f"{levels}act = {str(act).lower()}\n"),
+    )
+    assert done.code == 0, done.err
+    assert len(done.denied("file.open")) == 13
+    late = float(done.out) > 10 * 0.5 * 0.8
+    assert late == act
+
+
 LOOP = """
 import os, sys
 out = os.open("counts", os.O_RDWR | os.O_CREAT)
