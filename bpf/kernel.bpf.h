@@ -139,6 +139,11 @@ enum dentry_flags {
 	DCACHE_OP_WEAK_REVALIDATE = 1 << 11,
 };
 
+/* The verifier's list of functions that it knows. */
+enum special_kfunc_type {
+	KF_bpf_rdonly_cast = 8,
+};
+
 /* Numbers of the kernel's own that no uapi header has; all older than the kernels we run on. */
 #define EPERM 1
 #define EXDEV 18

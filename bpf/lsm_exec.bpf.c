@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
 /*
- * The kernel plane, programs: what may be executed; and what a new task remembers.
+ * The kernel plane, programs: what may be executed.
  *
  *   hook                  when                                                  denies by
  *   bprm_check_security   the program, and again each interpreter of a script   EPERM
- *   task_alloc            fork(2), clone(2) of all kinds, io_uring workers      never
  *
  * Every file that the kernel opens to execute (program, script, interpreter, ELF interpreter) is
  * judged in file_open (lsm_file.bpf.c), which also makes the event.  The look here is on the object
@@ -68,30 +67,9 @@ int BPF_PROG(mis_bprm_check_security, struct linux_binprm *bprm)
 	file = bprm->file;
 	ran_before = has_run(file->f_path.dentry, self.agent->id, 0);
 	if (ran_before &&
-	    is_known(&self, file->f_path.dentry, file->f_path.mnt, MIS_EXEC, EXECUTED))
+	    is_known(&self, file->f_path.dentry, file->f_inode, file->f_path.mnt, MIS_EXEC, EXECUTED))
 		return 0;
 	return judge_program(file, ran_before);
-}
-
-SEC("lsm/task_alloc")
-int BPF_PROG(mis_task_alloc, struct task_struct *task)
-{
-	struct mis_scope *from, *to;
-	__u32 zero = 0;
-	struct mis_plane *here = bpf_map_lookup_elem(&plane, &zero);
-
-	if (!here || !here->agents)
-		return 0;
-	from = bpf_task_storage_get(&scopes, bpf_get_current_task_btf(), 0, 0);
-	if (!from)
-		return 0;
-	to = bpf_task_storage_get(&scopes, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (to) { /* without it the child looks for itself */
-		*to = *from;
-		to->act = 0; /* it has repeated nothing yet */
-		to->hits = 0;
-	}
-	return 0;
 }
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

@@ -81,7 +81,7 @@ int BPF_PROG(mis_file_open, struct file *file)
 	if (!is_agent(&self))
 		return 0;
 	right = rights_of(file);
-	if (is_known(&self, file->f_path.dentry, file->f_path.mnt, right,
+	if (is_known(&self, file->f_path.dentry, file->f_inode, file->f_path.mnt, right,
 		     right == MIS_EXEC ? EXECUTED : OPENED))
 		return 0;
 	return judge_file(file, right == MIS_EXEC ? MIS_ACT_EXEC : MIS_ACT_OPEN, right);
@@ -96,7 +96,7 @@ int BPF_PROG(mis_file_receive, struct file *file)
 	if (!is_agent(&self))
 		return 0;
 	right = rights_of(file) & ~MIS_EXEC;
-	if (is_known(&self, file->f_path.dentry, file->f_path.mnt, right, CHANGED))
+	if (is_known(&self, file->f_path.dentry, file->f_inode, file->f_path.mnt, right, CHANGED))
 		return 0;
 	return judge_file(file, MIS_ACT_RECEIVE, right);
 }
@@ -157,7 +157,7 @@ int BPF_PROG(mis_mmap_file, struct file *file, unsigned long reqprot, unsigned l
 	 * look at `file` alone for superfluous. */
 	bpf_get_func_arg(ctx, 0, &given);
 	if (given && file && !(prot & PROT_WRITE) &&
-	    is_known(&self, file->f_path.dentry, file->f_path.mnt, MIS_EXEC, MAPPED))
+	    is_known(&self, file->f_path.dentry, file->f_inode, file->f_path.mnt, MIS_EXEC, MAPPED))
 		return 0;
 	return judge_memory((struct file *)given, prot);
 }
@@ -237,7 +237,8 @@ static __always_inline int often_on_path(__u16 what, const struct path *path, __
 {
 	struct self self;
 
-	if (!is_agent(&self) || is_known(&self, path->dentry, path->mnt, right, CHANGED))
+	if (!is_agent(&self) ||
+	    is_known(&self, path->dentry, path->dentry->d_inode, path->mnt, right, CHANGED))
 		return 0;
 	return judge_path(path, what, right);
 }

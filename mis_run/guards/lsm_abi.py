@@ -15,7 +15,7 @@ from mis_run.hints import Any
 PLACE = struct.Struct("=QQII")
 RULE = struct.Struct("=HHII")
 AGENT = struct.Struct("=QQQQQII4I6BH16Q")
-STATE = struct.Struct("=IIQQQQQQQQ")
+STATE = struct.Struct("=IIQQQQQQQQQQ")
 SLOTS = 4096
 PLANE = struct.Struct("=QQ")
 EVENT = struct.Struct("=QQQIIIIIIIHBB16s512s")
@@ -104,10 +104,10 @@ CAPABILITIES = """
 
 
 def own_words(places: Iterable[tuple[int, int]]) -> list[int]:
-    """mis_agent.own for inodes (device, number) that have a rule: what policy.bpf.h looks in."""
+    """mis_agent.own for inodes (device, number) that have a rule: what cache.bpf.h looks in."""
     words = [0] * 16
-    for device, inode in places:
-        bit = ((inode ^ device << 40) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 54
+    for _, inode in places:
+        bit = (inode * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 54
         words[bit >> 6] |= 1 << (bit & 63)
     return words
 
