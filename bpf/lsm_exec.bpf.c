@@ -4,6 +4,7 @@
  *
  *   hook                  when                                                  denies by
  *   bprm_check_security   the program, and again each interpreter of a script   EPERM
+ *   bprm_creds_from_file  it would run as another user or group                 EPERM
  *
  * Every file that the kernel opens to execute (program, script, interpreter, ELF interpreter) is
  * judged in file_open (lsm_file.bpf.c), which also makes the event.  The look here is on the object
@@ -70,6 +71,22 @@ int BPF_PROG(mis_bprm_check_security, struct linux_binprm *bprm)
 	    is_known(&self, file->f_path.dentry, file->f_inode, file->f_path.mnt, MIS_EXEC, EXECUTED))
 		return 0;
 	return judge_program(file, ran_before);
+}
+
+/* A set-user-ID program, where its bits count: no mount and no flag of the task takes them away. */
+SEC("lsm/bprm_creds_from_file")
+int BPF_PROG(mis_bprm_creds_from_file, struct linux_binprm *bprm, const struct file *file)
+{
+	const struct cred *before = bpf_get_current_task_btf()->cred, *now = bprm->cred;
+	struct act act = { .what = MIS_ACT_SET_ID };
+
+	if (now->euid.val == before->euid.val && now->egid.val == before->egid.val)
+		return 0;
+	if (!mine(&act))
+		return 0;
+	act.detail = now->euid.val;
+	about(&act, file->f_path.dentry, mount_of(file->f_path.mnt));
+	return conclude(&act, 0);
 }
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

@@ -122,12 +122,16 @@ static __always_inline struct mis_agent *agent_of(__u64 word, __u32 *slot)
 	return agent && agent->id == word / MIS_SLOTS ? agent : NULL;
 }
 
+static __always_inline struct cgroup *current_cgroup(void)
+{
+	return bpf_get_current_task_btf()->cgroups->dfl_cgrp;
+}
+
 /* The agent of the current task and its slot, or NULL. */
 static __always_inline struct mis_agent *current_agent(__u32 *slot)
 {
 	__u32 zero = 0, index;
 	struct mis_plane *here = bpf_map_lookup_elem(&plane, &zero);
-	struct task_struct *task;
 	struct mis_agent *agent;
 	struct mis_home *home;
 	__u64 epoch, cgroup, found;
@@ -135,8 +139,7 @@ static __always_inline struct mis_agent *current_agent(__u32 *slot)
 	if (!here || !here->agents)
 		return NULL;
 	epoch = ONCE(here->epoch);
-	task = bpf_get_current_task_btf();
-	cgroup = task->cgroups->dfl_cgrp->kn->id;
+	cgroup = current_cgroup()->kn->id;
 	index = cgroup & (HOMES - 1);
 	home = bpf_map_lookup_elem(&homes, &index);
 	if (home) {

@@ -82,7 +82,7 @@ static __always_inline __u8 level_at(__u32 count, const struct mis_agent *agent)
 }
 
 /* Level 1 is an end: what is being killed does not recover. */
-static __always_inline __u8 level_of(const struct state *state, const struct mis_agent *agent,
+static __noinline __u8 level_of(const struct state *state, const struct mis_agent *agent,
 				     __u64 now)
 {
 	if (state->count >= agent->thresholds[3])
@@ -147,7 +147,17 @@ static __always_inline int is_calm(const struct self *self, __u32 *level, __u64 
 	return *level > agent->kill;
 }
 
-/* Begin of every hook: whether the current task belongs to an agent, and how that agent stands. */
+/* Whether an act needs no more thought: nobody judges it, or it is allowed and its agent calm. */
+static __always_inline int goes_on(int allowed)
+{
+	struct self self;
+	__u32 level;
+	__u64 now;
+
+	return !is_agent(&self) || (allowed && is_calm(&self, &level, &now));
+}
+
+/* Begin of the long way: whether the current task belongs to an agent, and how that agent stands. */
 __noinline int mine(struct act *act)
 {
 	struct mis_agent *agent;

@@ -71,9 +71,9 @@ FILE_ACTS = """
 ESCAPE_ACTS = """
     mknod tty mount umount remount move_mount pivot_root chroot userns ptrace kill scheduler
     move_memory bpf perf_event_open kernel_file kernel_data module key io_uring capability clock
-    syslog quota lockdown tun
+    syslog quota lockdown tun fsconfig userfaultfd set_id
 """.split()
-NET_ACTS = ("socket", "unix")
+NET_ACTS = ("socket", "unix", "foreign")
 ACTS = (*FILE_ACTS, "exec", *ESCAPE_ACTS, *NET_ACTS)
 """Words for enum mis_act, in its order."""
 EXEC = len(FILE_ACTS)
@@ -91,6 +91,8 @@ DETAILS: Mapping[str, str] = {
     "quota": "command",
     "kernel_data": "kind",
     "socket": "family",
+    "foreign": "family",
+    "set_id": "uid",
 }
 
 # linux/capability.h.
