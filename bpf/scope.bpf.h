@@ -66,20 +66,34 @@ struct {
 #define ONCE(field) (*(volatile typeof(field) *)&(field))
 
 struct nearest {
+	struct cgroup *cgroup;
 	__u64 agent; /* 0: none */
 	__u32 slot;
 	__u32 zero;
 };
 
+static __always_inline struct cgroup *current_cgroup(void)
+{
+	return bpf_get_current_task_btf()->cgroups->dfl_cgrp;
+}
+
+static __always_inline struct cgroup *ancestor_of(struct cgroup *cgroup, __u32 level)
+{
+	struct cgroup *ancestor = NULL;
+
+	bpf_probe_read_kernel(&ancestor, sizeof(ancestor),
+			      (void *)cgroup + bpf_core_field_offset(struct cgroup, ancestors) +
+				      level * sizeof(ancestor));
+	return ancestor;
+}
+
 /* One step of bpf_loop along the cgroup's path from the root: the last agent met is the nearest. */
 static long meet(__u32 level, struct nearest *nearest)
 {
-	__u64 id = bpf_get_current_ancestor_cgroup_id(level);
+	__u64 id = BPF_CORE_READ(ancestor_of(nearest->cgroup, level), kn, id);
 	struct mis_agent *agent;
 	__u32 *slot;
 
-	if (!id)
-		return 1;
 	slot = bpf_map_lookup_elem(&slots, &id);
 	if (!slot)
 		return 0;
@@ -97,17 +111,21 @@ static __always_inline __u64 sum_of(__u64 agent, __u64 cgroup, __u64 epoch)
 	return cgroup + epoch * 0x9E3779B97F4A7C15ULL + agent * 0xC2B2AE3D27D4EB4FULL;
 }
 
-/* From the root and not from below, so that an agent may nest cgroups as deep as it likes. */
-static __noinline __u64 search(struct mis_home *home, __u64 cgroup, __u64 epoch)
+/*
+ * From the root and not from below, so that an agent may nest cgroups as deep as it likes.  By the one
+ * cgroup that was read, not by the task: it may be moved meanwhile, and the answer is for all in there.
+ */
+static __noinline __u64 search(struct mis_home *home, struct cgroup *cgroup, __u64 epoch)
 {
-	struct nearest nearest = {};
+	struct nearest nearest = { .cgroup = cgroup };
+	__u32 level = cgroup->level;
 	__u64 agent;
 
-	bpf_loop(DEEPEST + 1, meet, &nearest, 0);
+	bpf_loop(level < DEEPEST ? level + 1 : DEEPEST + 1, meet, &nearest, 0);
 	agent = nearest.agent ? nearest.agent * MIS_SLOTS | (nearest.slot & (MIS_SLOTS - 1)) : 0;
 	if (home && nearest.agent < 1ULL << 52) {
 		ONCE(home->agent) = agent;
-		ONCE(home->sum) = sum_of(agent, cgroup, epoch);
+		ONCE(home->sum) = sum_of(agent, cgroup->kn->id, epoch);
 	}
 	return agent;
 }
@@ -122,11 +140,6 @@ static __always_inline struct mis_agent *agent_of(__u64 word, __u32 *slot)
 	return agent && agent->id == word / MIS_SLOTS ? agent : NULL;
 }
 
-static __always_inline struct cgroup *current_cgroup(void)
-{
-	return bpf_get_current_task_btf()->cgroups->dfl_cgrp;
-}
-
 /* The agent of the current task and its slot, or NULL. */
 static __always_inline struct mis_agent *current_agent(__u32 *slot)
 {
@@ -134,17 +147,19 @@ static __always_inline struct mis_agent *current_agent(__u32 *slot)
 	struct mis_plane *here = bpf_map_lookup_elem(&plane, &zero);
 	struct mis_agent *agent;
 	struct mis_home *home;
-	__u64 epoch, cgroup, found;
+	struct cgroup *cgroup;
+	__u64 epoch, id, found;
 
 	if (!here || !here->agents)
 		return NULL;
 	epoch = ONCE(here->epoch);
-	cgroup = current_cgroup()->kn->id;
-	index = cgroup & (HOMES - 1);
+	cgroup = current_cgroup();
+	id = cgroup->kn->id;
+	index = id & (HOMES - 1);
 	home = bpf_map_lookup_elem(&homes, &index);
 	if (home) {
 		found = ONCE(home->agent);
-		if (ONCE(home->sum) == sum_of(found, cgroup, epoch)) {
+		if (ONCE(home->sum) == sum_of(found, id, epoch)) {
 			if (!found)
 				return NULL;
 			agent = agent_of(found, slot);
@@ -159,14 +174,9 @@ static __always_inline struct mis_agent *current_agent(__u32 *slot)
 /* Whether a cgroup is the agent's or below, by its path from the root. */
 static __always_inline int is_inside(struct cgroup *cgroup, __u64 id, __u32 depth)
 {
-	struct cgroup *ancestor = NULL;
-
 	if (BPF_CORE_READ(cgroup, level) < (int)depth)
 		return 0;
-	bpf_probe_read_kernel(&ancestor, sizeof(ancestor),
-			      (void *)cgroup + bpf_core_field_offset(struct cgroup, ancestors) +
-				      depth * sizeof(ancestor));
-	return BPF_CORE_READ(ancestor, kn, id) == id;
+	return BPF_CORE_READ(ancestor_of(cgroup, depth), kn, id) == id;
 }
 
 /* Whether another task belongs to the agent, whatever it remembers. */
