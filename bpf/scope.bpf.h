@@ -90,7 +90,8 @@ static __always_inline struct cgroup *ancestor_of(struct cgroup *cgroup, __u32 l
 /* One step of bpf_loop along the cgroup's path from the root: the last agent met is the nearest. */
 static long meet(__u32 level, struct nearest *nearest)
 {
-	__u64 id = BPF_CORE_READ(ancestor_of(nearest->cgroup, level), kn, id);
+	struct cgroup *ancestor = ancestor_of(nearest->cgroup, level);
+	__u64 id = BPF_CORE_READ(ancestor, kn, id);
 	struct mis_agent *agent;
 	__u32 *slot;
 
@@ -174,9 +175,12 @@ static __always_inline struct mis_agent *current_agent(__u32 *slot)
 /* Whether a cgroup is the agent's or below, by its path from the root. */
 static __always_inline int is_inside(struct cgroup *cgroup, __u64 id, __u32 depth)
 {
+	struct cgroup *ancestor;
+
 	if (BPF_CORE_READ(cgroup, level) < (int)depth)
 		return 0;
-	return BPF_CORE_READ(ancestor_of(cgroup, depth), kn, id) == id;
+	ancestor = ancestor_of(cgroup, depth);
+	return BPF_CORE_READ(ancestor, kn, id) == id;
 }
 
 /* Whether another task belongs to the agent, whatever it remembers. */
