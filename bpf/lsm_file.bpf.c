@@ -43,18 +43,18 @@ static __always_inline int on_dentry(__u16 what, struct dentry *dentry, __u32 ri
 	return judge(&act, dentry, NULL);
 }
 
+_Static_assert(FMODE_READ == MIS_READ && FMODE_WRITE == MIS_WRITE, "the same bits");
+
 static __always_inline __u32 rights_of(const struct file *file)
 {
-	__u32 mode = file->f_mode, rights = 0;
+	__u32 mode = file->f_mode, rights = mode & (FMODE_READ | FMODE_WRITE);
 
 	if (file->f_flags & FMODE_EXEC)
 		return MIS_EXEC;
 	if (mode & FMODE_PATH) /* names a file, and opens nothing */
 		return 0;
-	if (mode & FMODE_READ)
-		rights |= (file->f_inode->i_mode & S_IFMT) == S_IFDIR ? MIS_LIST : MIS_READ;
-	if (mode & FMODE_WRITE)
-		rights |= MIS_WRITE;
+	if (rights & MIS_READ && (file->f_inode->i_mode & S_IFMT) == S_IFDIR)
+		return rights ^ (MIS_READ | MIS_LIST);
 	return rights ?: MIS_READ | MIS_WRITE; /* access mode 3: ioctl(2) alone, checked as both */
 }
 
