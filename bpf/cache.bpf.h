@@ -64,18 +64,27 @@ struct {
 #define FOUND_WORKSPACE(found) ((found) >> 24 & 255)
 
 #define BARRIER() asm volatile("" ::: "memory")
-#define ONCE(field) (*(volatile typeof(field) *)&(field))
+
+extern void *bpf_rdonly_cast(const void *address, __u32 type) __ksym __weak;
 
 /* How often a lock was taken for writing and released; odd: it is taken, or we cannot know. */
 static __always_inline __u32 sequence(const void *lock)
 {
 #ifdef __TARGET_ARCH_x86
+	const void *place = lock + bpf_core_field_offset(seqlock_t, seqcount.seqcount);
 	__u32 now;
 
-	if (lock && bpf_core_field_exists(seqlock_t, seqcount.seqcount.sequence) &&
-	    !bpf_probe_read_kernel(&now, sizeof(now),
-				   lock + bpf_core_field_offset(seqlock_t,
-								seqcount.seqcount.sequence)))
+	if (!lock || !bpf_core_field_exists(seqlock_t, seqcount.seqcount.sequence))
+		return 1;
+	/* A load where the kernel gives an address a type (6.2), a guarded copy before. */
+	if (bpf_core_enum_value_exists(enum special_kfunc_type, KF_bpf_rdonly_cast)) {
+		struct seqcount *count =
+			bpf_rdonly_cast(place, bpf_core_type_id_kernel(struct seqcount));
+
+		return ONCE(count->sequence);
+	}
+	if (!bpf_probe_read_kernel(&now, sizeof(now),
+				   place + bpf_core_field_offset(struct seqcount, sequence)))
 		return now;
 #endif
 	return 1;
@@ -90,75 +99,34 @@ static __always_inline __u32 revalidated(void)
 	return DCACHE_OP_REVALIDATE | DCACHE_OP_WEAK_REVALIDATE;
 }
 
-/* The current task's agent, and how it stands. */
-struct self {
-	struct mis_agent *agent;
-	struct mis_scope *scope;
-	struct state *state;
-};
-
-/* What is looked for in the memory of a directory. */
-struct wanted {
-	__u64 agent;
-	__u64 generation;
-	__u64 now;
-};
-
-/* Whether the task belongs to an agent; if so and `self->scope` is NULL, nothing more is known. */
-static __always_inline int is_agent(struct self *self)
+/* Whether an inode may have a rule: the bitmap says "surely not" without a look into the map. */
+static __always_inline int may_have_rule(const struct mis_agent *agent, __u64 number)
 {
-	__u32 slot = 0;
+	__u32 bit = number * 0x9E3779B97F4A7C15ULL >> 54;
 
-	self->scope = NULL;
-	self->agent = current_agent(&self->scope, &slot);
-	if (!self->agent)
-		return 0;
-	self->state = bpf_map_lookup_elem(&states, &slot);
-	if (!self->state)
-		self->scope = NULL;
-	return 1;
+	return agent->own[bit >> 6 & (MIS_OWN - 1)] >> (bit & 63) & 1;
 }
 
-/* Whether this act may be allowed by what is remembered: the agent is alive, and not to be killed. */
-static __always_inline int is_calm(const struct self *self, struct wanted *wanted, __u32 *level)
+static __noinline int has_rule(const struct mis_agent *agent, const struct dentry *dentry)
 {
-	struct mis_agent *agent = self->agent;
+	struct mis_place place = {
+		.agent = agent->id,
+		.inode = dentry->d_inode->i_ino,
+		.device = dentry->d_sb->s_dev,
+	};
 
-	if (!self->scope || agent->flags & MIS_NO_CACHE)
-		return 0;
-	wanted->agent = agent->id;
-	wanted->generation = ONCE(agent->generation);
-	wanted->now = clock_of(self->scope);
-	if (agent->deadline && wanted->now > agent->deadline)
-		return 0;
-	/* Thresholds rise: below the first there is nothing to decay. */
-	if (self->state->count < agent->thresholds[0])
-		*level = agent->level < 5 ? agent->level : 5;
-	else
-		*level = level_of(self->state, agent, wanted->now);
-	return *level > agent->kill;
-}
-
-/* Whether an inode has a rule; the bitmap says "surely not" without a look into the map. */
-static __always_inline int has_rule(const struct mis_agent *agent, __u64 number, __u32 device)
-{
-	__u32 bit = (number ^ (__u64)device << 40) * 0x9E3779B97F4A7C15ULL >> 54;
-	struct mis_place place = { .agent = agent->id, .inode = number, .device = device };
-
-	if (!(agent->own[bit >> 6 & (MIS_OWN - 1)] >> (bit & 63) & 1))
-		return 0;
 	return bpf_map_lookup_elem(&rules, &place) != NULL;
 }
 
 /* What is remembered of a directory under a mount, or -1. */
-static __always_inline __s64 recall(struct cached *cached, const struct wanted *wanted, __u64 mount,
+static __always_inline __s64 recall(struct cached *cached, __u64 generation, __u64 mount, __u64 now,
 				    __u64 lifetime)
 {
 	__u32 version = ONCE(cached->version), found, moves, mounts;
 
 	BARRIER();
-	if (cached->generation != wanted->generation || cached->mount != mount ||
-	    wanted->now > cached->since + lifetime)
+	if (cached->generation != generation || cached->mount != mount ||
+	    now > cached->since + lifetime)
 		return -1;
 	found = cached->found;
 	moves = cached->moves;
@@ -188,11 +156,14 @@ __noinline int survey(struct start *start)
 }
 
 /* What a walk from a file's directory finds now, or -1; it is remembered. */
-static __noinline __s64 learn(struct dentry *dentry, struct dentry *dir, struct inode *inode,
-				   struct vfsmount *mnt, const struct wanted *wanted)
+static __noinline __s64 learn(struct dentry *dentry, struct vfsmount *mnt,
+			      const struct mis_agent *agent, struct state *state)
 {
-	struct start start = { .agent = wanted->agent, .dentry = dir, .mount = mount_of(mnt) };
 	__u32 moves = sequence(&rename_lock), mounts = sequence(&mount_lock);
+	__u64 generation = ONCE(agent->generation);
+	struct dentry *dir = dentry->d_parent;
+	struct inode *inode = dir->d_inode;
+	struct start start = { .agent = agent->id, .dentry = dir, .mount = mount_of(mnt) };
 	struct cached *cached;
 	int found;
 
@@ -201,6 +172,7 @@ static __noinline __s64 learn(struct dentry *dentry, struct dentry *dir, struct 
 	found = survey(&start);
 	if (found < 0)
 		return -1;
+	__sync_fetch_and_add(&state->walks, 1);
 	cached = bpf_inode_storage_get(&directories, inode, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!cached)
 		return found;
@@ -216,9 +188,9 @@ static __noinline __s64 learn(struct dentry *dentry, struct dentry *dir, struct 
 	bpf_spin_lock(&cached->lock);
 	ONCE(cached->version)++;
 	BARRIER();
-	cached->generation = wanted->generation;
+	cached->generation = generation;
 	cached->mount = (__u64)mnt;
-	cached->since = wanted->now;
+	cached->since = state->now;
 	cached->moves = moves;
 	cached->mounts = mounts;
 	cached->found = found;
@@ -232,39 +204,44 @@ static __noinline __s64 learn(struct dentry *dentry, struct dentry *dir, struct 
  * Whether an act is allowed by what is remembered, or now found and remembered, of the file's
  * directory.  0: judge it the long way.  MAPPED needs no right, but EXEC must not be denied.
  */
-static __noinline int is_known(struct self *self, struct dentry *dentry, struct vfsmount *mnt,
-			       __u32 right, enum use use)
+static __always_inline int is_known(const struct self *self, struct dentry *dentry,
+				    const struct inode *inode, struct vfsmount *mnt, __u32 right,
+				    enum use use)
 {
 	__u64 lifetime = use == OPENED ? 180 * SECONDS : use == CHANGED ? 60 * SECONDS :
 									  300 * SECONDS;
-	struct dentry *dir = dentry->d_parent;
-	struct inode *inode = dentry->d_inode, *folder;
-	struct wanted wanted;
+	struct mis_agent *agent = self->agent;
 	struct cached *cached;
+	struct dentry *dir;
 	__s64 found = -1;
-	__u32 level;
+	__u64 now = 0;
+	__u32 level = 0;
 
-	if (!is_calm(self, &wanted, &level) || dir == dentry || mnt->mnt_root == dentry || !inode ||
-	    has_rule(self->agent, inode->i_ino, dentry->d_sb->s_dev))
-		return 0;
-	folder = dir->d_inode;
-	cached = bpf_inode_storage_get(&directories, folder, 0, 0);
+	if (!is_calm(self, &level, &now) || agent->flags & MIS_NO_CACHE)
+		goto unknown;
+	dir = dentry->d_parent;
+	if (dir == dentry || mnt->mnt_root == dentry || !inode ||
+	    (may_have_rule(agent, inode->i_ino) && has_rule(agent, dentry)))
+		goto unknown;
+	cached = bpf_inode_storage_get(&directories, dir->d_inode, 0, 0);
 	if (cached)
-		found = recall(cached, &wanted, (__u64)mnt, lifetime);
-	if (found >= 0) {
-		if (!(++self->scope->hits & (MIS_LOT - 1)))
-			__sync_fetch_and_add(&self->state->hits, MIS_LOT);
-	} else {
-		found = learn(dentry, dir, folder, mnt, &wanted);
+		found = recall(cached, ONCE(agent->generation), (__u64)mnt, now, lifetime);
+	if (found < 0) {
+		found = learn(dentry, mnt, agent, self->state);
 		if (found < 0)
-			return 0;
-		__sync_fetch_and_add(&self->state->walks, 1);
+			goto unknown;
 	}
-	if (use == MAPPED)
-		return !(FOUND_REFUSED(found) & MIS_EXEC);
-	return (FOUND_GRANTED(found) & right) == right &&
-	       !RAISED(self->agent, level, right, FOUND_EXPLICIT(found),
-		       FOUND_WORKSPACE(found));
+	if (use == MAPPED) {
+		if (!(FOUND_REFUSED(found) & MIS_EXEC))
+			return 1;
+	} else if ((FOUND_GRANTED(found) & right) == right &&
+		   !RAISED(agent, level, right, FOUND_EXPLICIT(found), FOUND_WORKSPACE(found))) {
+		return 1;
+	}
+unknown:
+	if (self->state)
+		__sync_fetch_and_add(&self->state->asked, 1);
+	return 0;
 }
 
 #endif

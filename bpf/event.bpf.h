@@ -36,7 +36,7 @@ struct names {
 	struct dentry *dentry;
 	struct mount *mount;
 	__u64 name[NAMES];
-	__u32 length[NAMES]; /* 0: where a mount was crossed */
+	__u16 length[NAMES]; /* 0: where a mount was crossed */
 };
 
 /* One step of bpf_loop: note one component, go to the one before; 1 ends the loop. */

@@ -57,6 +57,7 @@ struct file {
 	unsigned int f_flags;
 	struct path f_path;
 	struct inode *f_inode;
+	void *private_data;
 };
 
 struct vm_area_struct {
@@ -68,8 +69,32 @@ struct backing_file {
 	struct path user_path; /* 6.5 */
 };
 
+typedef struct {
+	__u32 val;
+} kuid_t;
+
+typedef struct {
+	__u32 val;
+} kgid_t;
+
+struct cred {
+	kuid_t euid;
+	kgid_t egid;
+};
+
 struct linux_binprm {
 	struct file *file;
+	struct cred *cred;
+};
+
+enum fs_context_purpose {
+	FS_CONTEXT_FOR_MOUNT,
+	FS_CONTEXT_FOR_SUBMOUNT,
+};
+
+struct fs_context {
+	unsigned int sb_flags;
+	enum fs_context_purpose purpose : 8;
 };
 
 struct iattr {
@@ -106,8 +131,15 @@ struct sock_cgroup_data {
 	struct cgroup *cgroup;
 };
 
+struct sock_common {
+	unsigned short skc_family;
+	unsigned char skc_state;
+};
+
 struct sock {
+	struct sock_common __sk_common;
 	struct sock_cgroup_data sk_cgrp_data;
+	__u16 sk_type;
 };
 
 struct socket {
@@ -123,8 +155,6 @@ struct css_set {
 	struct cgroup *dfl_cgrp;
 };
 
-struct cred;
-
 struct task_struct {
 	const struct cred *real_cred;
 	const struct cred *cred;
@@ -139,10 +169,16 @@ enum dentry_flags {
 	DCACHE_OP_WEAK_REVALIDATE = 1 << 11,
 };
 
+/* The verifier's list of functions that it knows. */
+enum special_kfunc_type {
+	KF_bpf_rdonly_cast = 8,
+};
+
 /* Numbers of the kernel's own that no uapi header has; all older than the kernels we run on. */
 #define EPERM 1
 #define EXDEV 18
 #define S_IFMT 0170000
+#define S_IFSOCK 0140000
 #define S_IFDIR 0040000
 #define S_IFCHR 0020000
 #define S_IFBLK 0060000
@@ -154,6 +190,7 @@ enum dentry_flags {
 #define PROT_EXEC 0x4
 #define VM_EXEC 0x4
 #define SB_KERNMOUNT (1UL << 22)
+#define SB_SUBMOUNT (1UL << 26)
 #define SB_NOUSER (1UL << 31)
 #define MNT_NS_INTERNAL ((void *)-22L) /* ERR_PTR(-EINVAL), fs/mount.h */
 #define SIGKILL 9

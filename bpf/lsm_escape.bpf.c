@@ -3,6 +3,8 @@
  * The kernel plane, escape: what changes or leaves the container, or reaches the kernel.
  *
  *   sb_mount, sb_remount, sb_umount, sb_pivotroot, move_mount, path_chroot    refused
+ *   fs_context_parse_param, sb_kern_mount: fsopen(2) and what follows         refused
+ *   inode_init_security_anon                 userfaultfd(2): refused
  *   userns_create, bpf, bpf_map, bpf_prog, perf_event_open, _read, _write     refused
  *   kernel_read_file, kernel_load_data, kernel_module_request                 refused
  *   key_alloc, key_permission, uring_sqpoll, uring_override_creds, uring_cmd  refused
@@ -41,6 +43,7 @@ static __always_inline int refuse(__u16 what, __u32 detail)
 
 REFUSED(sb_mount, MIS_ACT_MOUNT)
 REFUSED(sb_remount, MIS_ACT_REMOUNT)
+REFUSED(sb_kern_mount, MIS_ACT_FSCONFIG)
 REFUSED(sb_umount, MIS_ACT_UMOUNT)
 REFUSED(sb_pivotroot, MIS_ACT_PIVOT_ROOT)
 REFUSED(move_mount, MIS_ACT_MOVE_MOUNT)
@@ -68,6 +71,33 @@ REFUSED_TELLING(locked_down, MIS_ACT_LOCKDOWN)
 REFUSED(tun_dev_create, MIS_ACT_TUN)
 REFUSED(tun_dev_open, MIS_ACT_TUN)
 REFUSED(tun_dev_attach_queue, MIS_ACT_TUN)
+
+/*
+ * Settings of a file system to be mounted, before it reads what they name.  The kernel's own mounts
+ * (an automount, a file system that some driver needs) come this way as well.
+ */
+SEC("lsm/fs_context_parse_param")
+int BPF_PROG(mis_fs_context_parse_param, struct fs_context *context)
+{
+	if (context->sb_flags & (SB_KERNMOUNT | SB_SUBMOUNT) ||
+	    BPF_CORE_READ_BITFIELD_PROBED(context, purpose) == FS_CONTEXT_FOR_SUBMOUNT)
+		return 0;
+	return refuse(MIS_ACT_FSCONFIG, 0);
+}
+
+/* Memory whose faults a program answers: it stops the kernel in the middle of what it does. */
+SEC("lsm/inode_init_security_anon")
+int BPF_PROG(mis_inode_init_security_anon, struct inode *inode, const struct qstr *name)
+{
+	char word[16] = {};
+
+	bpf_probe_read_kernel_str(word, sizeof(word), name->name);
+#pragma unroll
+	for (int n = 0; n < 13; n++)
+		if (word[n] != "[userfaultfd]"[n])
+			return 0;
+	return refuse(MIS_ACT_USERFAULTFD, 0);
+}
 
 /*
  * Called only for what the caller's credentials do have: the capability module comes before us.

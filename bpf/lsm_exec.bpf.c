@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
 /*
- * The kernel plane, programs: what may be executed; and what a new task remembers.
+ * The kernel plane, programs: what may be executed.
  *
  *   hook                  when                                                  denies by
  *   bprm_check_security   the program, and again each interpreter of a script   EPERM
- *   task_alloc            fork(2), clone(2) of all kinds, io_uring workers      never
+ *   bprm_creds_from_file  it would run as another user or group                 EPERM
  *
  * Every file that the kernel opens to execute (program, script, interpreter, ELF interpreter) is
  * judged in file_open (lsm_file.bpf.c), which also makes the event.  The look here is on the object
@@ -68,30 +68,25 @@ int BPF_PROG(mis_bprm_check_security, struct linux_binprm *bprm)
 	file = bprm->file;
 	ran_before = has_run(file->f_path.dentry, self.agent->id, 0);
 	if (ran_before &&
-	    is_known(&self, file->f_path.dentry, file->f_path.mnt, MIS_EXEC, EXECUTED))
+	    is_known(&self, file->f_path.dentry, file->f_inode, file->f_path.mnt, MIS_EXEC, EXECUTED))
 		return 0;
 	return judge_program(file, ran_before);
 }
 
-SEC("lsm/task_alloc")
-int BPF_PROG(mis_task_alloc, struct task_struct *task)
+/* A set-user-ID program, where its bits count: no mount and no flag of the task takes them away. */
+SEC("lsm/bprm_creds_from_file")
+int BPF_PROG(mis_bprm_creds_from_file, struct linux_binprm *bprm, const struct file *file)
 {
-	struct mis_scope *from, *to;
-	__u32 zero = 0;
-	struct mis_plane *here = bpf_map_lookup_elem(&plane, &zero);
+	const struct cred *before = bpf_get_current_task_btf()->cred, *now = bprm->cred;
+	struct act act = { .what = MIS_ACT_SET_ID };
 
-	if (!here || !here->agents)
+	if (now->euid.val == before->euid.val && now->egid.val == before->egid.val)
 		return 0;
-	from = bpf_task_storage_get(&scopes, bpf_get_current_task_btf(), 0, 0);
-	if (!from)
+	if (!mine(&act))
 		return 0;
-	to = bpf_task_storage_get(&scopes, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (to) { /* without it the child looks for itself */
-		*to = *from;
-		to->act = 0; /* it has repeated nothing yet */
-		to->hits = 0;
-	}
-	return 0;
+	act.detail = now->euid.val;
+	about(&act, file->f_path.dentry, mount_of(file->f_path.mnt));
+	return conclude(&act, 0);
 }
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

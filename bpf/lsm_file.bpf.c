@@ -5,6 +5,7 @@
  *   hook                        when                                       right
  *   file_open                   open(2) of all kinds, io_uring, execve(2)  READ, WRITE, LIST; EXEC
  *   file_receive                a descriptor arrives over a socket         READ, WRITE
+ *                               one of a socket: see foreign.bpf.h
  *   mmap_file, file_mprotect    executable memory of a file                EXEC not denied
  *                               memory writable and executable             by level or flag
  *   file_ioctl, file_ioctl_compat   attributes by ioctl                    WRITE
@@ -16,7 +17,11 @@
  * them for its layers.  The inode_* hooks here have no path_* sibling.
  */
 #include "cache.bpf.h"
+#include "foreign.bpf.h"
 
+#define SOCK_STREAM 1
+#define TCP_CLOSE 7
+#define TCP_LISTEN 10
 #define TIOCSTI 0x5412
 #define TIOCLINUX 0x541C
 #define FS_IOC_SETFLAGS 0x40086602
@@ -38,18 +43,18 @@ static __always_inline int on_dentry(__u16 what, struct dentry *dentry, __u32 ri
 	return judge(&act, dentry, NULL);
 }
 
+_Static_assert(FMODE_READ == MIS_READ && FMODE_WRITE == MIS_WRITE, "the same bits");
+
 static __always_inline __u32 rights_of(const struct file *file)
 {
-	__u32 mode = file->f_mode, rights = 0;
+	__u32 mode = file->f_mode, rights = mode & (FMODE_READ | FMODE_WRITE);
 
 	if (file->f_flags & FMODE_EXEC)
 		return MIS_EXEC;
 	if (mode & FMODE_PATH) /* names a file, and opens nothing */
 		return 0;
-	if (mode & FMODE_READ)
-		rights |= (file->f_inode->i_mode & S_IFMT) == S_IFDIR ? MIS_LIST : MIS_READ;
-	if (mode & FMODE_WRITE)
-		rights |= MIS_WRITE;
+	if (rights & MIS_READ && (file->f_inode->i_mode & S_IFMT) == S_IFDIR)
+		return rights ^ (MIS_READ | MIS_LIST);
 	return rights ?: MIS_READ | MIS_WRITE; /* access mode 3: ioctl(2) alone, checked as both */
 }
 
@@ -81,10 +86,30 @@ int BPF_PROG(mis_file_open, struct file *file)
 	if (!is_agent(&self))
 		return 0;
 	right = rights_of(file);
-	if (is_known(&self, file->f_path.dentry, file->f_path.mnt, right,
+	if (is_known(&self, file->f_path.dentry, file->f_inode, file->f_path.mnt, right,
 		     right == MIS_EXEC ? EXECUTED : OPENED))
 		return 0;
 	return judge_file(file, right == MIS_EXEC ? MIS_ACT_EXEC : MIS_ACT_OPEN, right);
+}
+
+/* A function of its own: with all in one the stack would be too small on 6.1. */
+static __noinline int is_known_here(const struct self *self, struct file *file, __u32 right)
+{
+	return is_known(self, file->f_path.dentry, file->f_inode, file->f_path.mnt, right, CHANGED);
+}
+
+/* A socket is handed over: fine where all that it can do is to go on with a conversation. */
+static __always_inline int on_handover(const struct file *file)
+{
+	struct socket *socket = file->private_data;
+	struct sock *sock = BPF_CORE_READ(socket, sk);
+	__u16 family = BPF_CORE_READ(sock, __sk_common.skc_family);
+	__u8 state = BPF_CORE_READ(sock, __sk_common.skc_state);
+
+	if (family == AF_UNIX || (BPF_CORE_READ(sock, sk_type) == SOCK_STREAM &&
+				  state != TCP_CLOSE && state != TCP_LISTEN))
+		return 0;
+	return judge_foreign(BPF_CORE_READ(sock, sk_cgrp_data.cgroup), family);
 }
 
 SEC("lsm/file_receive")
@@ -95,8 +120,10 @@ int BPF_PROG(mis_file_receive, struct file *file)
 
 	if (!is_agent(&self))
 		return 0;
+	if ((file->f_inode->i_mode & S_IFMT) == S_IFSOCK && !(file->f_mode & FMODE_PATH))
+		return on_handover(file);
 	right = rights_of(file) & ~MIS_EXEC;
-	if (is_known(&self, file->f_path.dentry, file->f_path.mnt, right, CHANGED))
+	if (is_known_here(&self, file, right))
 		return 0;
 	return judge_file(file, MIS_ACT_RECEIVE, right);
 }
@@ -157,7 +184,7 @@ int BPF_PROG(mis_mmap_file, struct file *file, unsigned long reqprot, unsigned l
 	 * look at `file` alone for superfluous. */
 	bpf_get_func_arg(ctx, 0, &given);
 	if (given && file && !(prot & PROT_WRITE) &&
-	    is_known(&self, file->f_path.dentry, file->f_path.mnt, MIS_EXEC, MAPPED))
+	    is_known(&self, file->f_path.dentry, file->f_inode, file->f_path.mnt, MIS_EXEC, MAPPED))
 		return 0;
 	return judge_memory((struct file *)given, prot);
 }
@@ -237,7 +264,8 @@ static __always_inline int often_on_path(__u16 what, const struct path *path, __
 {
 	struct self self;
 
-	if (!is_agent(&self) || is_known(&self, path->dentry, path->mnt, right, CHANGED))
+	if (!is_agent(&self) ||
+	    is_known(&self, path->dentry, path->dentry->d_inode, path->mnt, right, CHANGED))
 		return 0;
 	return judge_path(path, what, right);
 }

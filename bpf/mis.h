@@ -117,7 +117,7 @@ struct mis_net_event {
 #define MIS_NO_WX 4 /* no memory writable and executable, at any level */
 #define MIS_NO_CACHE 8 /* every act is judged by a walk: to compare */
 
-#define MIS_SLOTS 4096 /* agents at a time */
+#define MIS_SLOTS 4096 /* agents at a time; a power of two */
 #define MIS_OWN 16 /* words of mis_agent.own */
 
 /* Rule numbers with a meaning of their own, from the top. */
@@ -174,8 +174,12 @@ enum mis_act {
 	MIS_ACT_QUOTA,
 	MIS_ACT_LOCKDOWN,
 	MIS_ACT_TUN,
+	MIS_ACT_FSCONFIG,
+	MIS_ACT_USERFAULTFD,
+	MIS_ACT_SET_ID,
 	MIS_ACT_SOCKET,
 	MIS_ACT_UNIX,
+	MIS_ACT_FOREIGN,
 	MIS_ACTS,
 };
 
@@ -231,28 +235,29 @@ struct mis_state {
 	__u64 killed;
 	__u64 lost; /* events: the ring buffer was full */
 	__u64 canaries; /* denials of what MIS_CANARY marks */
-	__u64 hits; /* acts allowed by what was remembered, in lots of MIS_LOT */
+	__u64 asked; /* acts on files that what is remembered did not allow */
 	__u64 walks; /* from a directory to the root, to remember what they found */
+	__u64 tick; /* of the machine's clock, and the time when it was first read in it */
+	__u64 now;
 };
-
-#define MIS_LOT 64
 
 /* One for the machine. */
 struct mis_plane {
-	__u64 epoch; /* grows whenever an agent comes or goes: what tasks remember is void */
+	__u64 epoch; /* grows whenever an agent comes or goes: what is remembered of tasks is void */
 	__u64 agents;
 };
 
-/* What a task remembers of its agent. */
-struct mis_scope {
-	__u64 epoch;
-	__u64 cgroup;
-	__u64 agent; /* 0: none */
-	__u32 slot; /* where it was; its id says whether it still is */
-	__u32 hits; /* not yet counted in mis_state.hits */
-	__u64 tick; /* of the machine's clock, and the time when it began here */
-	__u64 now;
-	/* Its last violation, when that began to repeat, and how often it did. */
+/*
+ * Which agent the tasks of a cgroup belong to.  `sum` is over the agent, the cgroup and the epoch: what is
+ * out of date, or half of it another's, does not add up.
+ */
+struct mis_home {
+	__u64 agent; /* its id, and its slot in the lowest bits; 0: none */
+	__u64 sum;
+};
+
+/* What a task remembers of its last violation: when that began to repeat, and how often it did. */
+struct mis_burst {
 	__u64 act;
 	__u64 began;
 	__u64 times;

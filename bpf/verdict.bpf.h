@@ -21,8 +21,10 @@ struct state {
 	__u64 killed;
 	__u64 lost;
 	__u64 canaries;
-	__u64 hits;
+	__u64 asked;
 	__u64 walks;
+	__u64 tick;
+	__u64 now;
 };
 
 _Static_assert(sizeof(struct state) == sizeof(struct mis_state), "see mis.h");
@@ -80,7 +82,7 @@ static __always_inline __u8 level_at(__u32 count, const struct mis_agent *agent)
 }
 
 /* Level 1 is an end: what is being killed does not recover. */
-static __always_inline __u8 level_of(const struct state *state, const struct mis_agent *agent,
+static __noinline __u8 level_of(const struct state *state, const struct mis_agent *agent,
 				     __u64 now)
 {
 	if (state->count >= agent->thresholds[3])
@@ -92,38 +94,84 @@ static __always_inline __u8 level_of(const struct state *state, const struct mis
 #define in_force(act, begins) ((act)->level <= (act)->begins)
 
 /*
- * CLOCK_MONOTONIC, read once a tick and task: at most ten milliseconds old, and no deadline, decay or
+ * CLOCK_MONOTONIC, read once a tick and agent: at most ten milliseconds old, and no deadline, decay or
  * lifetime is that exact.  Jiffies are one load, the clock is a hundred instructions.
  */
-static __always_inline __u64 clock_of(struct mis_scope *scope)
+static __always_inline __u64 clock_of(struct state *state)
 {
 	__u64 tick = bpf_jiffies64();
 
-	if (!scope)
-		return bpf_ktime_get_ns();
-	if (scope->tick != tick) {
-		scope->now = bpf_ktime_get_ns();
-		scope->tick = tick;
+	if (ONCE(state->tick) != tick) {
+		ONCE(state->now) = bpf_ktime_get_ns();
+		ONCE(state->tick) = tick;
 	}
-	return scope->now;
+	return ONCE(state->now);
 }
 
-/* Begin of every hook: whether the current task belongs to an agent, and how that agent stands. */
+/* The current task's agent, and how it stands. */
+struct self {
+	struct mis_agent *agent;
+	struct state *state;
+};
+
+static __always_inline int is_agent(struct self *self)
+{
+	__u32 slot = 0;
+
+	self->agent = current_agent(&slot);
+	if (!self->agent)
+		return 0;
+	self->state = bpf_map_lookup_elem(&states, &slot);
+	return 1;
+}
+
+/*
+ * Whether what the policy allows may go on without more ado: the agent is alive, and not to be
+ * killed.  If not, or the policy does not allow it, the act goes the long way (`mine`, `refused`).
+ */
+static __always_inline int is_calm(const struct self *self, __u32 *level, __u64 *now)
+{
+	struct mis_agent *agent = self->agent;
+	struct state *state = self->state;
+
+	if (!state)
+		return 0;
+	*now = clock_of(state);
+	if (agent->deadline && *now > agent->deadline)
+		return 0;
+	/* Thresholds rise: below the first there is nothing to decay. */
+	if (state->count < agent->thresholds[0])
+		*level = agent->level < 5 ? agent->level : 5;
+	else
+		*level = level_of(state, agent, *now);
+	return *level > agent->kill;
+}
+
+/* Whether an act needs no more thought: nobody judges it, or it is allowed and its agent calm. */
+static __always_inline int goes_on(int allowed)
+{
+	struct self self;
+	__u32 level;
+	__u64 now;
+
+	return !is_agent(&self) || (allowed && is_calm(&self, &level, &now));
+}
+
+/* Begin of the long way: whether the current task belongs to an agent, and how that agent stands. */
 __noinline int mine(struct act *act)
 {
 	struct mis_agent *agent;
-	struct mis_scope *scope = NULL;
 	struct state *state;
 	__u32 slot = 0;
 	__u64 now;
 
 	if (!act)
 		return 0;
-	agent = current_agent(&scope, &slot);
+	agent = current_agent(&slot);
 	if (!agent)
 		return 0;
-	now = clock_of(scope);
 	state = bpf_map_lookup_elem(&states, &slot);
+	now = state ? clock_of(state) : bpf_ktime_get_ns();
 	act->id = agent->id;
 	act->slot = slot;
 	act->capabilities = agent->capabilities;
@@ -181,28 +229,36 @@ __noinline int tell(struct act *act, __u32 verdict)
  * Whether the task repeats its last violation: a library tries a few times, a loop is an attack.
  * defcon.py counts by the same rule; it also knows acts that take turns.
  */
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct mis_burst);
+} bursts SEC(".maps");
+
 #define BURST 10000000ULL /* nanoseconds, defcon.BURST */
 #define RETRIES 3 /* defcon.RETRIES */
 
 __noinline int is_retry(struct act *act)
 {
-	struct mis_scope *scope = bpf_task_storage_get(&scopes, bpf_get_current_task_btf(), 0, 0);
+	struct mis_burst *burst = bpf_task_storage_get(&bursts, bpf_get_current_task_btf(), 0,
+						       BPF_LOCAL_STORAGE_GET_F_CREATE);
 	struct dentry *dentry;
 	__u64 key, now = bpf_ktime_get_ns();
 
-	if (!act || !scope || act->marks & MIS_FATAL)
+	if (!act || !burst || act->marks & MIS_FATAL)
 		return 0;
 	dentry = act->dentry;
 	key = ((__u64)act->what << 48) + ((__u64)act->detail << 16) + act->right + 1;
 	if (dentry)
 		key ^= (__u64)dentry ^ BPF_CORE_READ(dentry, d_inode, i_ino) << 20;
-	if (scope->act != key || now - scope->began >= BURST) {
-		scope->act = key;
-		scope->began = now;
-		scope->times = 0;
+	if (burst->act != key || now - burst->began >= BURST) {
+		burst->act = key;
+		burst->began = now;
+		burst->times = 0;
 		return 0;
 	}
-	return ++scope->times <= RETRIES;
+	return ++burst->times <= RETRIES;
 }
 
 /* Count a violation; the level that follows is the act's own. */

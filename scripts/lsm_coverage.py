@@ -43,21 +43,22 @@ EXPLAINED: Mapping[str, str] = {
     r"inode_(set|remove)security|inode_setsecctx|inode_notifysecctx": "covered by inode_setxattr",
     r"inode_permission": "covered by file_open and path_*: it has no mount, and is called for "
     "every component of every path",
-    r"bprm_(creds_for_exec|creds_from_file)": "covered by file_open and bprm_check_security",
+    r"bprm_creds_for_exec": "covered by file_open and bprm_check_security",
     r"bpf_(map_create|prog_load)": "covered by bpf",
     r"bpf_token_\w+": "covered by bpf",
     r"perf_event_alloc": "covered by perf_event_open: no descriptor, nothing to read",
     r"kernel_post_(read_file|load_data)": "covered by kernel_read_file and kernel_load_data",
     r"key_(post_create_or_update|getsecurity)": "covered by key_alloc and key_permission",
-    r"(fs_context|sb)_(dup|parse_param|submount|kern_mount|set_mnt_opts|clone_mnt_opts"
-    r"|eat_lsm_opts|mnt_opts_compat)": "covered by sb_mount and capable: fsopen(2) needs "
-    "CAP_SYS_ADMIN",
+    r"(fs_context|sb)_(dup|submount|set_mnt_opts|clone_mnt_opts|eat_lsm_opts"
+    r"|mnt_opts_compat)": "covered by sb_mount, fs_context_parse_param and sb_kern_mount",
     r"tun_dev_attach": "covered by tun_dev_create",
     r"task_prlimit": "covered by task_setrlimit, which has the task",
-    r"socket_(bind|connect|sendmsg|listen|accept|post_create|socketpair)": "covered by the cgroup "
-    "programs and XDP of net.bpf.c for inet, by unix_* for unix, by socket_create for the rest",
+    r"socket_(sendmsg|accept|post_create|socketpair)": "covered by the cgroup programs and XDP of "
+    "net.bpf.c for inet, by unix_* for unix, by socket_create for the rest; by socket_connect, "
+    "_bind, _listen and file_receive for what others made",
     r"file_send_sigiotask|file_set_fowner": "covered by the pid namespace: owners are visible",
-    r"netlink_send": "covered by capable: what changes the network needs CAP_NET_ADMIN",
+    r"netlink_send": "covered by socket_create, routes only, and capable: what changes the network "
+    "needs CAP_NET_ADMIN",
     r"inode_copy_up(_xattr)?": "covered by file_open with write access, judged on top",
     # ---- not relevant: reads facts, changes nothing of others ----
     r"inode_(getattr|readlink|follow_link|getxattr|listxattr|get_acl|listsecurity|getsecurity"
@@ -81,8 +82,8 @@ EXPLAINED: Mapping[str, str] = {
     r"bprm_committ(ing|ed)_creds": "not relevant: tells of what was decided",
     r"binder_\w+": "not relevant: needs /dev/binder, which the container has not",
     # ---- not relevant: bookkeeping ----
-    r"\w+_(alloc|free|clone|delete|init)_security\w*|\w+_free|inode_init_security_anon"
-    r"|(cred|sk|sb|backing_file|bdev|file|inode)_(alloc|free)\w*": "not "
+    r"(?!inode_init_security_anon)\w+_(alloc|free|clone|delete|init)_security\w*|\w+_free"
+    r"|(cred|sk|sb|backing_file|bdev|file|inode|task)_(alloc|free)\w*": "not "
     "relevant: keeps the memory of other LSMs",
     r"cred_(getsecid|prepare|transfer)|d_instantiate|task_to_inode|dentry_\w+|sock_graft"
     r"|\w*secid\w*|\w*secctx\w*|\w*secmark\w*|ismaclabel|kernfs_init_security|inode_setintegrity"

@@ -39,8 +39,8 @@ BATCH = 128  # events per read: a storm must not keep the loop from its other wo
 
 @dataclass(frozen=True)
 class Counts:
-    """What the kernel counted; ``count`` is the decaying sum that the level follows from, ``hits``
-    the acts that what ``walks`` remembered did allow (in lots of 64 for each task)."""
+    """What the kernel counted; ``count`` is the decaying sum that the level follows from, ``asked``
+    the acts on files that what ``walks`` remembered did not allow."""
 
     count: int
     denied: int
@@ -48,7 +48,7 @@ class Counts:
     killed: int
     events_lost: int
     canaries: int = 0
-    hits: int = field(default=0, compare=False)
+    asked: int = field(default=0, compare=False)
     walks: int = field(default=0, compare=False)
 
 
@@ -104,7 +104,7 @@ class LsmGuard:
 
     def counts(self) -> Counts:
         """What the kernel counted so far."""
-        _, count, _, *rest = self._state()
+        _, count, _, *rest, _, _ = self._state()
         return Counts(count, *rest)
 
     def level(self) -> int:

@@ -16,7 +16,7 @@ from mis_run.hints import Any
 PLACE = struct.Struct("=QQII")
 RULE = struct.Struct("=HHII")
 AGENT = struct.Struct("=QQQQQII4I6BH4I16Q")
-STATE = struct.Struct("=IIQQQQQQQQ")
+STATE = struct.Struct("=IIQQQQQQQQQQ")
 SLOTS = 4096
 PLANE = struct.Struct("=QQ")
 EVENT = struct.Struct("=QQQIIIIIIIHBB16s512s")
@@ -72,9 +72,9 @@ FILE_ACTS = """
 ESCAPE_ACTS = """
     mknod tty mount umount remount move_mount pivot_root chroot userns ptrace kill scheduler
     move_memory bpf perf_event_open kernel_file kernel_data module key io_uring capability clock
-    syslog quota lockdown tun
+    syslog quota lockdown tun fsconfig userfaultfd set_id
 """.split()
-NET_ACTS = ("socket", "unix")
+NET_ACTS = ("socket", "unix", "foreign")
 ACTS = (*FILE_ACTS, "exec", *ESCAPE_ACTS, *NET_ACTS)
 """Words for enum mis_act, in its order."""
 EXEC = len(FILE_ACTS)
@@ -94,6 +94,8 @@ DETAILS: Mapping[str, str] = {
     "quota": "command",
     "kernel_data": "kind",
     "socket": "family",
+    "foreign": "family",
+    "set_id": "uid",
 }
 
 # linux/capability.h.
@@ -107,10 +109,10 @@ CAPABILITIES = """
 
 
 def own_words(places: Iterable[tuple[int, int]]) -> list[int]:
-    """mis_agent.own for inodes (device, number) that have a rule: what policy.bpf.h looks in."""
+    """mis_agent.own for inodes (device, number) that have a rule: what cache.bpf.h looks in."""
     words = [0] * 16
-    for device, inode in places:
-        bit = ((inode ^ device << 40) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 54
+    for _, inode in places:
+        bit = (inode * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 54
         words[bit >> 6] |= 1 << (bit & 63)
     return words
 

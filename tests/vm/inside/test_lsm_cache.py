@@ -26,7 +26,7 @@ from mis_run.guards import lsm, lsm_plane
 
 OK, EPERM = 0, errno.EPERM
 CALM = lsm.Defcon(act=False)
-LOT = 64
+TIMES = 256
 
 
 def read(path: Path, flags: int = os.O_RDONLY) -> Callable[[], object]:
@@ -54,9 +54,9 @@ def warm(guard: lsm.LsmGuard, group: Path, path: Path) -> None:
     """Open a file until it is known; proven."""
     assert lsm.in_cgroup(group, read(path)) == OK
     before = guard.counts()
-    assert lsm.in_cgroup(group, often(path, 4 * LOT)) == OK
+    assert lsm.in_cgroup(group, often(path, TIMES)) == OK
     after = guard.counts()
-    assert after.hits - before.hits >= 3 * LOT
+    assert after.asked - before.asked <= 2
     assert after.walks - before.walks <= 2  # somebody else on this machine moved something
 
 
@@ -91,7 +91,7 @@ def test_it_is_used(flags: int, tree: Any, agent: Path, guard: lsm.LsmGuard) -> 
     before = guard.counts()
     assert lsm.in_cgroup(agent, often(tree.open / "file", 1000, flags)) == OK
     after = guard.counts()
-    assert after.hits - before.hits >= 900
+    assert after.asked - before.asked <= 100
     assert 1 <= after.walks - before.walks <= 20
     assert (after.denied, after.killed) == (before.denied, before.killed)
 
@@ -100,7 +100,8 @@ def test_off(tree: Any, agent: Path) -> None:
     """The switch that the costs are compared by."""
     with lsm.attach(agent, tree.policy(defcon=CALM, cache=False)) as guard:
         assert lsm.in_cgroup(agent, often(tree.open / "file", 500)) == OK
-        assert (guard.counts().hits, guard.counts().walks) == (0, 0)
+        assert guard.counts().asked >= 500
+        assert guard.counts().walks == 0
         assert lsm.in_cgroup(agent, read(tree.hidden / "file")) == EPERM
 
 
@@ -118,9 +119,9 @@ def test_programs_are_known(tree: Any, agent: Path, guard: lsm.LsmGuard) -> None
 def test_looked_up_anew(tree: Any, agent: Path, guard: lsm.LsmGuard) -> None:
     """Where names are looked up anew each time nothing is remembered: a process in /proc."""
     before = guard.counts()
-    assert lsm.in_cgroup(agent, often(Path("/proc/self/status"), 4 * LOT)) == OK
+    assert lsm.in_cgroup(agent, often(Path("/proc/self/status"), TIMES)) == OK
     after = guard.counts()
-    assert after.hits - before.hits < 2 * LOT
+    assert after.asked - before.asked >= TIMES
     assert after.walks - before.walks <= 2
 
 

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import stat
 import struct
@@ -93,6 +94,20 @@ def attr(kind: int, config: int) -> bytes:
     return struct.pack("=IIQ", kind, 112, config).ljust(112, b"\0")
 
 
+def file_system(command: int, key: bytes | None, value: bytes | None) -> None:
+    """A context for a new tmpfs, and one fsconfig(2) on it; nothing is mounted."""
+    context = call("fsopen", b"tmpfs", 0)
+    try:
+        call("fsconfig", context, command, key, value, 0)
+    finally:
+        os.close(context)
+
+
+def other_user(tree: Any) -> None:
+    """A set-user-ID program of somebody else; where it ran, the child's error is none."""
+    os.execv(tree.open / "set_id", ["set_id"])
+
+
 CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x20000
 # What the act is, the hook that refuses it to an agent with all capabilities ("": it is theirs
 # alone), and what it gives where nobody guards (None: not EPERM).
@@ -107,6 +122,10 @@ ROWS: dict[str, tuple[Act, str, int | None]] = {
     "unshare mnt": (lambda t: libc.unshare(CLONE_NEWNS), "", 0),
     "setns": (lambda t: libc.setns(os.open("/proc/self/ns/uts", os.O_RDONLY)), "", 0),
     "fsopen": (lambda t: call("fsopen", b"tmpfs", 0), "", None),
+    "fsconfig": (lambda t: file_system(1, b"size", b"1m"), "fsconfig", 0),
+    "a file system is made": (lambda t: file_system(6, None, None), "fsconfig", 0),
+    "userfaultfd": (lambda t: call("userfaultfd", 1), "userfaultfd", 0),
+    "a set-user-ID program": (other_user, "set_id", 0),
     "open_tree": (lambda t: call("open_tree", -100, b"/", 1), "", None),
     "sethostname": (lambda t: call("sethostname", b"mis", 3), "", 0),
     "bpf map": (lambda t: libc.bpf(0, struct.pack("=5I", 2, 4, 4, 1, 0)), "bpf", None),
@@ -154,6 +173,7 @@ FINE: dict[str, Act] = {
     "a whiteout is no device": lambda t: os.mknod(t.open / "white", stat.S_IFCHR, 0),
     "a ring without a thread": lambda t: ring(0),
     "chown, a capability it has": lambda t: os.chown(t.open / "file", 1, 1),
+    "a program of its own user": lambda t: os.execv(t.open / "prog", ["prog"]),
 }
 ACROSS: dict[str, tuple[Callable[[int], object], str]] = {
     "signal": (lambda pid: os.kill(pid, 0), "kill"),
@@ -179,6 +199,9 @@ def settled(tree: Any) -> None:
     """Undo what a control did; leave something mounted that could be unmounted."""
     for name in ("device", "white"):
         (tree.open / name).unlink(missing_ok=True)
+    shutil.copy("/bin/true", tree.open / "set_id")
+    os.chown(tree.open / "set_id", 1, -1)
+    os.chmod(tree.open / "set_id", 0o4755)
     for name in ("mounted", "other"):
         os.makedirs(point(tree, name), exist_ok=True)
     if not os.path.ismount(point(tree, "mounted")):

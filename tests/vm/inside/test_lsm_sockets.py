@@ -28,6 +28,7 @@ FAMILIES = {
     "tcp": (socket.AF_INET, STREAM, 0, False),
     "udp 6": (socket.AF_INET6, DGRAM, 0, False),
     "netlink": (socket.AF_NETLINK, RAW, 0, False),
+    "netlink, packet filters": (socket.AF_NETLINK, RAW, 12, True),
     "raw": (socket.AF_INET, RAW, 1, True),
     "raw 6": (socket.AF_INET6, RAW, 58, True),
     "packet": (socket.AF_PACKET, RAW, 0, True),
@@ -167,3 +168,131 @@ def test_an_inherited_pair(kind: int, tree: Any, guarded: tuple[Path, lsm.LsmGua
     one, other = socket.socketpair(socket.AF_UNIX, kind)
     assert lsm.in_cgroup(guarded[0], lambda: os.write(one.fileno(), b"x")) == OK
     assert other.recv(1) == b"x"
+
+
+# ---- sockets of the internet that somebody outside made ---------------------------------------
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """A service of the host, on loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield sock
+
+
+PLACES: dict[str, Callable[[socket.socket, Any], object]] = {
+    "connect": lambda sock, to: sock.connect(to),
+    "bind": lambda sock, to: sock.bind(("127.0.0.1", 0)),
+    "listen": lambda sock, to: sock.listen(1),
+}
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+@pytest.mark.parametrize("how", PLACES)
+def test_a_socket_of_somebody_else(
+    how: str, family: int, tree: Any, guarded: tuple[Path, lsm.LsmGuard], neighbour: Path,
+    listener: socket.socket,
+) -> None:  # fmt: skip
+    """Inherited from outside it goes nowhere that nobody judged; one of its own does."""
+    group, guard = guarded
+    address = listener.getsockname()
+
+    def act(sock: socket.socket) -> None:
+        if family == socket.AF_INET:
+            PLACES[how](sock, address)
+        elif how == "listen":
+            sock.listen(1)
+        else:
+            getattr(sock, how)(("::ffff:127.0.0.1", address[1] if how == "connect" else 0))
+
+    guard.read()
+    with socket.socket(family, STREAM) as sock:
+        assert lsm.in_cgroup(group, lambda: act(sock)) == EPERM
+        assert [event.kind for event in guard.read()] == ["net.foreign"]
+        assert lsm.in_cgroup(neighbour, lambda: act(sock)) == OK
+    assert lsm.in_cgroup(group, lambda: act(socket.socket(family, STREAM))) == OK
+    assert guard.read() == []
+
+
+def test_a_connection_of_somebody_else(
+    tree: Any, guarded: tuple[Path, lsm.LsmGuard], neighbour: Path, listener: socket.socket
+) -> None:
+    """It goes on where it is, as standard input may be one; it is not led elsewhere."""
+    group, guard = guarded
+
+    def talk(sock: socket.socket) -> None:
+        sock.sendall(b"x")
+
+    def elsewhere(sock: socket.socket) -> None:
+        dissolve(sock)
+        sock.connect(listener.getsockname())
+
+    guard.read()
+    for place, expected in ((group, EPERM), (neighbour, OK)):
+        with socket.create_connection(listener.getsockname()) as sock:
+            other, _ = listener.accept()
+            assert lsm.in_cgroup(place, lambda sock=sock: talk(sock)) == OK
+            assert other.recv(1) == b"x"
+            assert lsm.in_cgroup(place, lambda sock=sock: elsewhere(sock)) == expected
+            other.close()
+    assert [event.kind for event in guard.read()] == ["net.foreign"]
+
+
+def dissolve(sock: socket.socket) -> None:
+    """connect(2) to no family: the connection ends, the socket can have another."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.connect(sock.fileno(), bytes(16), 16):
+        raise OSError(ctypes.get_errno(), "connect")
+
+
+@pytest.mark.parametrize(
+    ("what", "arrives"),
+    [("udp", False), ("tcp", False), ("listening", False), ("netlink", False), ("packet", False),
+     ("connected", True), ("unix", True)],
+)  # fmt: skip
+def test_handed_over(
+    what: str, arrives: bool, tree: Any, guarded: tuple[Path, lsm.LsmGuard], neighbour: Path,
+    listener: socket.socket,
+) -> None:  # fmt: skip
+    """Over a UNIX socket comes only what can do no more than go on with a conversation."""
+    group, guard = guarded
+    made = {
+        "udp": lambda: socket.socket(socket.AF_INET, DGRAM),
+        "tcp": lambda: socket.socket(socket.AF_INET, STREAM),
+        "listening": listener.dup,
+        "netlink": lambda: socket.socket(socket.AF_NETLINK, RAW, 0),
+        "packet": lambda: socket.socket(socket.AF_PACKET, RAW, 0),
+        "connected": lambda: socket.create_connection(listener.getsockname()),
+        "unix": lambda: socket.socket(socket.AF_UNIX, DGRAM),
+    }[what]
+    guard.read()
+    for place, expected in ((group, arrives), (neighbour, True)):
+        here, there = socket.socketpair()
+        with here, there, made() as sock:
+            socket.send_fds(here, [b"x"], [sock.fileno()])
+
+            def receive(there: socket.socket = there) -> None:
+                _, fds, _, _ = socket.recv_fds(there, 1, 1)
+                if not fds:
+                    raise OSError(EPERM, "it did not arrive")
+
+            assert (lsm.in_cgroup(place, receive) == OK) == expected
+    assert [event.kind for event in guard.read()] == ([] if arrives else ["net.foreign"])
+
+
+def test_one_of_its_own_comes_back(tree: Any, guarded: tuple[Path, lsm.LsmGuard]) -> None:
+    """What the agent made itself it hands to its own as it likes."""
+    group, guard = guarded
+
+    def act() -> None:
+        here, there = socket.socketpair()
+        with socket.socket(socket.AF_INET, DGRAM) as sock:
+            socket.send_fds(here, [b"x"], [sock.fileno()])
+        _, fds, _, _ = socket.recv_fds(there, 1, 1)
+        socket.socket(fileno=fds[0]).connect(("127.0.0.1", 9))
+
+    guard.read()
+    assert lsm.in_cgroup(group, act) == OK
+    assert guard.read() == []
