@@ -65,6 +65,7 @@ class LsmGuard:
         self._plane = plane
         self._key = struct.pack("=Q", self.id)
         self._slot = -1  # none yet
+        self._placed: set[bytes] = set()  # where our rules are
         self._proving = bool(policy.canary)  # until `arm` there is no agent, only guards that try
         depth = _depth(cgroup)
         if depth > DEEPEST:
@@ -153,7 +154,9 @@ class LsmGuard:
         self._put_rules(rules)
         self._void()
         for place in old.entries.keys() - rules.entries.keys():
-            self._plane.rules.delete(PLACE.pack(self.id, place.inode, place.device, 0))
+            key = PLACE.pack(self.id, place.inode, place.device, 0)
+            self._plane.rules.delete(key)
+            self._placed.discard(key)
         self._void()
         settings.own = wanted
         self.renew()
@@ -169,15 +172,15 @@ class LsmGuard:
 
     def _put_rules(self, rules: Compiled) -> None:
         for place, entry in rules.entries.items():
-            self._plane.rules.update(
-                PLACE.pack(self.id, place.inode, place.device, 0),
-                RULE.pack(entry.allow, entry.deny, entry.number, entry.flags),
-            )
+            key = PLACE.pack(self.id, place.inode, place.device, 0)
+            self._placed.add(key)
+            value = RULE.pack(entry.allow, entry.deny, entry.number, entry.flags)
+            self._plane.rules.update(key, value)
 
     def close(self) -> None:
         """The agent is known no more, and nothing of it is left in the maps."""
         with lsm_plane.locked():
-            self._plane.forget(self.id)
+            self._plane.forget(self.id, self._placed)
         self.release()
 
     def release(self) -> None:
