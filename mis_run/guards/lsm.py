@@ -23,7 +23,7 @@ from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event
 from mis_run.guards import lsm_abi, lsm_plane
 from mis_run.guards.file import NO_CHILD
-from mis_run.guards.lsm_abi import AGENT, PLACE, RULE, STATE, own_words
+from mis_run.guards.lsm_abi import AGENT, OWN, PLACE, RULE, STATE, own_words
 from mis_run.guards.lsm_plane import supported
 from mis_run.guards.lsm_policy import Compiled
 from mis_run.guards.lsm_settings import LsmPolicy, Settings
@@ -138,7 +138,8 @@ class LsmGuard:
         if slot is None:
             raise SetupError("kernel plane: it does not know the agent any more", hint="mis ps")
         self._slot, self._proving = slot, False
-        self._settings.generation = AGENT.unpack(self._plane.agents.read(slot))[1]
+        _, self._settings.generation, *words = AGENT.unpack(self._plane.agents.read(slot))
+        self._settings.own = words[-OWN:]  # our way to find a bit may be another
         self.set_level(level)
 
     def replace(self, rules: Compiled) -> None:

@@ -15,7 +15,8 @@ from mis_run.hints import Any
 
 PLACE = struct.Struct("=QQII")
 RULE = struct.Struct("=HHII")
-AGENT = struct.Struct("=QQQQQII4I6BH4I16Q")
+OWN = 16  # words of mis_agent.own, its last
+AGENT = struct.Struct(f"=QQQQQII4I6BH4I{OWN}Q")
 STATE = struct.Struct("=IIQQQQQQQQQQ")
 SLOTS = 4096
 PLANE = struct.Struct("=QQ")
@@ -110,7 +111,7 @@ CAPABILITIES = """
 
 def own_words(places: Iterable[tuple[int, int]]) -> list[int]:
     """mis_agent.own for inodes (device, number) that have a rule: what cache.bpf.h looks in."""
-    words = [0] * 16
+    words = [0] * OWN
     for _, inode in places:
         bit = (inode * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 54
         words[bit >> 6] |= 1 << (bit & 63)

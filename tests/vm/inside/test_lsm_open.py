@@ -22,7 +22,7 @@ from mis_run.dataclass import replace
 from mis_run.errors import SetupError
 from mis_run.events import Verdict
 from mis_run.guards import kernel, lsm, lsm_plane
-from mis_run.guards.lsm_abi import LAYOUT, PLACE, STATE
+from mis_run.guards.lsm_abi import LAYOUT, OWN, PLACE, STATE
 
 # What no rule names is the kernel's to refuse, what a pattern names the file guard's too.
 PROFILE = """
@@ -270,6 +270,7 @@ def test_another_version_takes_it_over(
     for _ in range(3):
         assert lsm.in_cgroup(agent, read(secret)) == 0
     monkeypatch.setattr(lsm_plane, "version", lambda: "another")
+    monkeypatch.setattr(lsm, "own_words", lambda _: [0] * OWN)
     left.check()
     for other in (replace(left, version="none"), replace(left, layout=LAYOUT[1:])):
         with pytest.raises(SetupError):
