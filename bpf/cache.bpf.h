@@ -145,17 +145,23 @@ struct start {
 	struct mount *mount;
 };
 
+#define BELOW -2 /* what overlayfs opens for a file that was judged on top */
+
 __noinline int survey(struct start *start)
 {
 	struct walk walk;
+	enum inner inner;
 
-	if (!start || inner_mount(start->mount) != VISIBLE)
+	if (!start)
 		return -1;
+	inner = inner_mount(start->mount);
+	if (inner != VISIBLE)
+		return inner == LAYER ? BELOW : -1;
 	look(&walk, start->agent, start->dentry, start->mount, MIS_ALL);
 	return walk.granted | walk.refused << 8 | walk.explicit << 16 | walk.workspace << 24;
 }
 
-/* What a walk from a file's directory finds now, or -1; it is remembered. */
+/* What a walk from a file's directory finds now, and is remembered; else -1 or BELOW. */
 static __noinline __s64 learn(struct dentry *dentry, struct vfsmount *mnt,
 			      const struct mis_agent *agent, struct state *state)
 {
@@ -171,7 +177,7 @@ static __noinline __s64 learn(struct dentry *dentry, struct vfsmount *mnt,
 		return -1;
 	found = survey(&start);
 	if (found < 0)
-		return -1;
+		return found;
 	__sync_fetch_and_add(&state->walks, 1);
 	cached = bpf_inode_storage_get(&directories, inode, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!cached)
@@ -228,6 +234,8 @@ static __always_inline int is_known(const struct self *self, struct dentry *dent
 		found = recall(cached, ONCE(agent->generation), (__u64)mnt, now, lifetime);
 	if (found < 0) {
 		found = learn(dentry, mnt, agent, self->state);
+		if (found == BELOW)
+			return 1;
 		if (found < 0)
 			goto unknown;
 	}
