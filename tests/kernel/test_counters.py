@@ -78,8 +78,9 @@ def test_known_work_is_counted(group: cgroup.Cgroup) -> None:
         faults["minor-faults"].value + faults["major-faults"].value
     )
     slept = switches["context-switches"].value - faults["context-switches"].value
-    # A sleep that is over before the CPU is given away is no switch: seen once in 300 in the VM.
-    assert 285 <= slept < 450
+    # A sleep that is over before the CPU is given away is no switch: on an idle machine one in 300,
+    # in two VMs on a busy one 57.
+    assert 150 <= slept < 450
     spent = (burnt["task-clock"].value - switches["task-clock"].value) / 1e9
     used = group.usage().cpu_seconds
     assert 0.2 <= spent < 0.4

@@ -120,7 +120,7 @@ def begin(folder: Path, name: str, lines_first: int = 3) -> subprocess.Popen[byt
 
 
 def records(folder: Path, kind: str) -> list[dict[str, object]]:
-    text = (folder.parent / "record.jsonl").read_text()
+    text = (folder.parent / "record.jsonl").read_text().rpartition("\n")[0]  # no half a line
     return [e for line in text.splitlines() if (e := json.loads(line))["kind"].startswith(kind)]
 
 
