@@ -63,6 +63,7 @@ struct mis_settings {
 	__u32 level; /* DEFCON; at 3 and below only destinations used before */
 	__u32 unlisted; /* rule to name where the trie has no entry */
 	__u32 raised; /* rule to name where the level denied */
+	__u32 spin; /* nanoseconds that a denied call waits */
 };
 
 struct mis_counter {
@@ -219,6 +220,7 @@ struct mis_agent {
 	__u8 kill;
 	__u8 level; /* set by an operator: the level is at most this */
 	__u16 zero;
+	__u32 spins[4]; /* nanoseconds that a denial at level 4, 3, 2 waits; the last is 0 */
 	/* The bit of an inode is set: it may have a rule of its own.  Not set: it surely has none. */
 	__u64 own[MIS_OWN];
 };

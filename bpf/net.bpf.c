@@ -105,6 +105,14 @@ struct {
 	__uint(max_entries, 256 * 1024);
 } events SEC(".maps");
 
+/* As many elements as turns of `be_late`: a loop for kernels before 5.17, which have no bpf_loop. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 8192);
+	__type(key, __u32);
+	__type(value, __u32);
+} turns SEC(".maps");
+
 /* One act on its way to a verdict. */
 struct act {
 	struct destination to; /* port in host order */
@@ -203,6 +211,26 @@ static __always_inline int told_lately(const struct destination *to, enum mis_ho
 	return 0;
 }
 
+static long is_over(void *map, __u32 *key, __u32 *value, __u64 *end)
+{
+	(void)map;
+	(void)key;
+	(void)value;
+	return bpf_ktime_get_ns() >= *end;
+}
+
+/*
+ * A denied call waits as its level says, actively: nobody may sleep here, so it is short
+ * (defcon.SPIN), and the supervisor, which has been told, freezes the agent for the rest.
+ */
+static __always_inline void be_late(const struct mis_settings *set)
+{
+	__u64 end = bpf_ktime_get_ns() + set->spin;
+
+	if (set->spin)
+		bpf_for_each_map_elem(&turns, is_over, &end, 0);
+}
+
 /* Count, tell, and say whether the act may go on. */
 static __always_inline int conclude(const struct act *act, int allowed, int packet)
 {
@@ -236,6 +264,8 @@ static __always_inline int conclude(const struct act *act, int allowed, int pack
 		return pass;
 	}
 	tell(act, pass ? MIS_AUDIT : MIS_DENY, packet, counter);
+	if (set && !pass && !packet)
+		be_late(set);
 	return pass;
 }
 

@@ -280,6 +280,30 @@ static __always_inline void count(struct act *act, struct state *state,
 	act->level = level_of(state, agent, now);
 }
 
+/* A turn takes some ten nanoseconds or more, and a wait at most defcon.SPIN. */
+#define TURNS 32768
+
+static long is_over(__u32 turn, const __u64 *end)
+{
+	(void)turn;
+	return bpf_ktime_get_ns() >= *end;
+}
+
+/*
+ * The denial is late as its level says.  Active, since nobody may sleep here, and so short: for the
+ * rest of a longer delay user space freezes the agent, which this gives it the time to do.
+ */
+static __always_inline void be_late(const struct mis_agent *agent, __u32 level)
+{
+	__u32 spin = level < 5 ? agent->spins[(4 - level) & 3] : 0;
+	__u64 end;
+
+	if (!spin)
+		return;
+	end = bpf_ktime_get_ns() + spin;
+	bpf_loop(TURNS, is_over, &end, 0);
+}
+
 /* Whether an act is refused, with all that follows when the policy does not allow it. */
 __noinline int refused(struct act *act, int allowed)
 {
@@ -325,6 +349,8 @@ __noinline int refused(struct act *act, int allowed)
 	}
 	if (!tell(act, dead ? MIS_KILL : enforce ? MIS_DENY : MIS_AUDIT))
 		__sync_fetch_and_add(&state->lost, 1);
+	if (enforce && !dead)
+		be_late(agent, act->level);
 	return enforce != 0;
 }
 

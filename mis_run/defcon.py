@@ -24,6 +24,9 @@ RETRIES = 3
 """How many of them: a library tries a few times, a loop is an attack and counts from then on."""
 MOST_BURSTS = 1024
 
+SPIN = 0.0002
+"""Seconds that a denial may wait inside the kernel, where the CPU is nobody else's meanwhile."""
+
 NEVER = 0
 EFFECTS: Mapping[str, int] = {
     "writes": 3,
@@ -147,14 +150,14 @@ class Tracker:
             self.level = min(self.level, self._level_of(self.count))
         return self._changed(before, event.kind if self.level < before else "decay", now)
 
-    def set(self, level: int) -> Change | None:
+    def set(self, level: int, cause: str = "operator") -> Change | None:
         """Set the level by hand; the count follows, so that decay and thresholds go on from it."""
         now = self._clock()
         before, self.level = self.level, level
         self.count = (0, *self._settings.thresholds)[NORMAL - level]
         self._last = now
         self._recent.clear()
-        return self._changed(before, "operator", now)
+        return self._changed(before, cause, now)
 
     def tick(self) -> Change | None:
         """Let time pass: to be called at `next_deadline`, so that levels fall by themselves."""
@@ -207,6 +210,12 @@ class Tracker:
             subject["acts"] = False
         event = Event(kind="defcon.change", subject=subject)
         return Change(self.level, event, now, kills=self.effects.kill)
+
+
+def spin(delay: float) -> int:
+    """Nanoseconds of a ``delay`` (seconds) that a program in the kernel waits; the rest of it the
+    agent is frozen (`pauses`), for which this gives the supervisor time."""
+    return int(min(delay, SPIN) * 1e9)
 
 
 def weight(kind: str, weights: Mapping[str, int]) -> int:

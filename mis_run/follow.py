@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from mis_run import reaction
+from mis_run import pauses, reaction
 from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
 from mis_run.dataclass import dataclass
@@ -19,7 +19,7 @@ from mis_run.defcon import Change, Tracker
 from mis_run.errors import Emergency, GuardLost, SetupError, TimedOut, VerifyError
 from mis_run.events import Event, Guarantee
 from mis_run.guards import Guard
-from mis_run.hints import Any
+from mis_run.hints import TYPE_CHECKING, Any
 from mis_run.jsonable import plain
 from mis_run.mailbox import Mailbox
 from mis_run.model import Plan
@@ -27,6 +27,9 @@ from mis_run.report import Record
 from mis_run.runtime import Box
 from mis_run.starvation import Starvation
 from mis_run.supervise import Loop
+
+if TYPE_CHECKING:
+    from mis_run.liveness import Watchdog
 
 GRACE = 10.0  # seconds between asking the agent to end and killing it, as docker stop waits
 EMPTY_WITHIN = 5.0  # seconds a killed cgroup gets to become empty
@@ -78,7 +81,7 @@ class Follower:
         self._asked = False  # somebody asked it to end
         self.canaries = 0  # rounds in which every guard was seen to work
         self._mail = Mailbox[Event]()
-        self._pauses = reaction.Pauses(partial(cgroup.freeze, timeout=0.0))
+        self._pauses = pauses.Pauses(partial(cgroup.freeze, timeout=0.0), loop.at)
         self.on_resize: Callable[[], None] = lambda: None
 
     # ---- what comes in --------------------------------------------------------------------
@@ -133,7 +136,12 @@ class Follower:
             self._proving = False
 
     def _serve(self, guard: Guard) -> None:
-        self.emit(guard.read())
+        events = guard.read()
+        self.emit(events)
+        delay = self.tracker.delay()
+        late = delay * pauses.denials(events)
+        if late and self.ending is None and not guard.answers_late(delay):
+            self._pauses.hold(late)
 
     def go(self, streams: tuple[int, int, int] | None) -> None:
         """Execute the agent, with ``streams`` as its 0, 1 and 2 (None: the container's terminal).
@@ -180,7 +188,7 @@ class Follower:
             return
         self.record.write(change.event)
         if net := self.guards.get("net"):
-            net.close_new(self.tracker.effects.destinations)
+            net.follow(self.tracker.stance(enforce=self.plan.profile.enforce))
         if kernel := self.guards.get("kernel"):
             kernel.set_level(change.level)
         if self.tracker.effects.writes and not self._closed_writes:
@@ -223,6 +231,17 @@ class Follower:
         if kernel := self.guards.get("kernel"):
             kernel.recount(0)  # what it counted itself would keep the level where it was
         self._changed(self.tracker.set(level))
+
+    def catch_up(self) -> None:
+        """What the kernel counted while nobody followed holds for everything else too."""
+        if (kernel := self.guards.get("kernel")) and (level := kernel.level()) < self.tracker.level:
+            self._changed(self.tracker.set(level, "kernel"))
+
+    def watched(self, dog: Watchdog) -> None:
+        """From now on ``dog`` watches us, and hears when the agent is frozen: nobody else could
+        have it go on if we are lost meanwhile."""
+        self._pauses.tell = dog.frozen
+        dog.start(self.unwatched, self.dog_says)
 
     def unwatched(self) -> None:
         """The watchdog died. Closed: without it a hung supervisor would go unnoticed."""

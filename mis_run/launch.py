@@ -216,6 +216,7 @@ def _launch(
         )
         follower.watch()
         held = {"lifeline": box.lifeline.fileno()}  # what must stay open until the agent is gone
+        kept: list[int] = []  # and what has no name there
         if "file" in guards:
             held["fanotify"] = files.group
         if settings.liveness.on_loss is OnLoss.OPEN:
@@ -224,15 +225,18 @@ def _launch(
             box.on_loss("open")
             known = resume.Known(
                 plan=plan,
-                policy=rules,
+                policy=rules if "file" in guards else None,
                 canary=(info.st_dev, info.st_ino),
                 pid=box.pid,
                 watchdog=dog.pid,
                 sources=((link and link.address4) or "0.0.0.0", (link and link.address6) or "::"),
                 record=record.path,
                 place=group.place,
+                kernel=plane.left(settings.liveness.deadline) if plane else None,
             )
             held |= on(resume.offer(known, run_dir, box, guard, link))
+            if plane:
+                held["ring"], kept = kernel.ring, plane.inodes()
         elif "file" in guards:
             box.hold(files.group)  # while a copy is open, opens wait for a verdict
         guard.verify(box.probe, box.probe_all)
@@ -247,7 +251,7 @@ def _launch(
             scope.attach(box)
         counted.ready()
         steps.done("verified")
-        dog.watching(held)
+        dog.watching(held, kept)
         steps.done("watched")
         netns = link.netns if link else None
         answering = names.serve_plan(
@@ -257,7 +261,7 @@ def _launch(
         on(control.serve(loop, run_dir.path / "control.sock", requests.handler(follower)))
         on(supervise.signals(loop, follower.signal))
         follower.on_resize = on(terminal.relay(loop, box.pty))
-        dog.start(follower.unwatched, follower.dog_says)
+        follower.watched(dog)
         facts = {**report.facts(plan, record), "covered": [*inside.hidden]}
         run_dir.note(phase="running", pid=box.pid, **facts)
         record.write(Event(kind="run.start", subject=facts))

@@ -8,10 +8,11 @@ copy of the shim's lifeline, so the kernel closes the last copy only when both p
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from mis_run.errors import SetupError
 from mis_run.linux.spawn import spawn
 from mis_run.model import Liveness
 from mis_run.supervise import Loop
+
+MOST_SENT = 253  # descriptors in one datagram: SCM_MAX_FD
+PATIENCE = 5.0  # seconds it gets to take one
 
 
 class Watchdog:
@@ -37,15 +41,29 @@ class Watchdog:
         self._settings = settings
         self._word = word
 
-    def watching(self, held: Mapping[str, int]) -> None:
+    def watching(self, held: Mapping[str, int], kept: Sequence[int] = ()) -> None:
         """Wait until it watches, and give it copies of the descriptors that must not be closed
-        before the agent is gone, by name (shim/watchdog.c). Raises SetupError."""
+        before the agent is gone: by name (shim/watchdog.c), and those that only have to stay open.
+        Raises SetupError."""
         assert self._word is not None
         with os.fdopen(self._word, "rb") as word:
             if word.read() != b"watching\n":
                 raise SetupError("the watchdog did not start", hint="mis doctor")
         for name, fd in held.items():
             self.hold(name, fd)
+        for first in range(0, len(kept), MOST_SENT):
+            self._keep(kept[first : first + MOST_SENT])
+
+    def _keep(self, fds: Sequence[int]) -> None:
+        poll = select.poll()
+        poll.register(self._beats, select.POLLOUT)
+        poll.poll(PATIENCE * 1000)  # the queue is full until it has read
+        try:
+            socket.send_fds(self._beats, [b"hold"], fds)
+        except OSError as error:
+            raise SetupError(
+                f"the watchdog cannot keep {len(fds)} files open: {error.strerror}"
+            ) from error
 
     def hold(self, name: str, fd: int) -> None:
         """Give it a copy of one more descriptor. Raises SetupError when it cannot take that."""
@@ -89,6 +107,10 @@ class Watchdog:
     def resume(self) -> None:
         """We go on."""
         self._send(b"resume")
+
+    def frozen(self, on: bool) -> None:
+        """We are about to freeze the agent, or it goes on."""
+        self._send(b"frozen" if on else b"thawed")
 
     def farewell(self) -> None:
         """The agent is gone: the watchdog may go too. What it held is the last copy, and the kernel

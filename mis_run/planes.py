@@ -11,10 +11,9 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 
 from mis_run import masks, profiles
-from mis_run.errors import UsageError
 from mis_run.events import Guarantee
 from mis_run.file_rules import WILD, floats
-from mis_run.model import Host, OnLoss, Options, PlaneChoice, Profile
+from mis_run.model import Host, Options, PlaneChoice, Profile
 
 LSM, FANOTIFY = "bpf-lsm", "fanotify"
 HOST_PLANE = ((Guarantee.FILE, FANOTIFY), (Guarantee.EXEC, FANOTIFY))
@@ -22,21 +21,12 @@ KERNEL_PLANE = ((Guarantee.FILE, LSM), (Guarantee.EXEC, LSM), (Guarantee.ESCAPE,
 
 
 def choose(options: Options, profile: Profile, host: Host) -> list[tuple[Guarantee, str]]:
-    """The mechanisms of the plane. Raises UsageError for a wish that makes no sense.
+    """The mechanisms of the plane.
 
-    Not chosen by itself: without enforcement where both would judge (each act would count twice),
-    and with ``on_loss = "open"`` (a new supervisor takes over the host plane only).
+    Not chosen by itself: without enforcement where both would judge (each act would count twice).
     """
     wanted = options.plane
-    outlives = profile.liveness.on_loss is OnLoss.OPEN
-    if wanted is PlaneChoice.KERNEL and outlives:
-        raise UsageError(
-            "--plane kernel cannot be combined with on_loss = 'open': mis attach does not take "
-            "over the kernel plane",
-            hint="--plane host",
-        )
-    works = host.works(LSM) and not outlives
-    if wanted is PlaneChoice.HOST or (wanted is PlaneChoice.AUTO and not works):
+    if wanted is PlaneChoice.HOST or (wanted is PlaneChoice.AUTO and not host.works(LSM)):
         return list(HOST_PLANE)
     names = needs_names(options, profile)
     if wanted is PlaneChoice.AUTO and names and not profile.enforce:

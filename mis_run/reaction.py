@@ -1,13 +1,12 @@
 """What follows when the agent hits a limit: ``log``, ``defcon``, ``freeze`` or ``kill``.
 
-The profile says it per limit (``[limits] on_oom`` …).  `judge` decides and is pure; `Pauses`
-freezes, for limits and for our own starvation.  Out of scope: seeing that a limit was hit
-(`cgroup_stats`), killing (`follow`).
+The profile says it per limit (``[limits] on_oom`` …).  Pure.  Out of scope: seeing that a limit was
+hit (`cgroup_stats`), freezing (`pauses`), killing (`follow`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from mis_run.dataclass import dataclass, replace
 from mis_run.events import Event, Verdict
@@ -53,42 +52,3 @@ def judge(event: Event, plan: Plan) -> tuple[Event, str]:
     if not (plan.profile.enforce and plan.profile.defcon.act):
         return replace(event, subject={**subject, "acts": False}, rule=rule), ""
     return replace(event, subject=subject, rule=rule), action
-
-
-def thaw(plan: Plan, freeze: Callable[[bool], object]) -> None:
-    """Have the agent of a lost supervisor go on, which may have left it frozen.
-
-    Only where the profile freezes: else it was somebody else, as an engine that pauses a container.
-    """
-    words = (
-        plan.profile.liveness.on_starved,
-        *(getattr(plan.limits, h.key) for h in HITS.values()),
-    )
-    if "freeze" in words:
-        freeze(False)
-
-
-class Pauses:
-    """Stops the agent for several reasons at once; it goes on when the last one is gone.
-
-    ``freeze`` must not wait for the kernel's word: a task inside may be waiting for our answer.
-    """
-
-    def __init__(self, freeze: Callable[[bool], object]) -> None:
-        self._freeze = freeze
-        self._reasons: set[str] = set()
-
-    def set(self, reason: str, on: bool) -> bool:
-        """Begin or end one reason; whether that is news."""
-        if on == (reason in self._reasons):
-            return False
-        before = bool(self._reasons)
-        self._reasons ^= {reason}
-        if bool(self._reasons) != before:
-            self._freeze(on)
-        return True
-
-    def end(self) -> None:
-        """Every reason is gone."""
-        for reason in tuple(self._reasons):
-            self.set(reason, on=False)

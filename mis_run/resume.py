@@ -14,10 +14,9 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
-from mis_run import control, gc, liveness, names, reaction, report, state, supervise, terminal
+from mis_run import control, gc, liveness, names, report, state, supervise, terminal
 from mis_run.box import Box
 from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
@@ -28,9 +27,11 @@ from mis_run.events import Event
 from mis_run.guards import counters, escape, file, net
 from mis_run.guards.file_policy import Identity, Policy
 from mis_run.hints import TYPE_CHECKING, Any
+from mis_run.jsonable import plain
 from mis_run.model import Plan
 
 if TYPE_CHECKING:
+    from mis_run.guards import kernel
     from mis_run.network import Link
 
 SOCKET, KNOWN = "attach.sock", "known"
@@ -52,6 +53,7 @@ class Known:
     record: Path | None
     place: str  # of the cgroup in its hierarchies
     container: str | None = None  # an engine's, by its id (`oci.attach`)
+    kernel: kernel.Left | None = None
 
 
 @contextmanager
@@ -95,6 +97,8 @@ def attach(which: str) -> int:
             f"run {path.name} cannot be attached: its profile has on_loss = 'closed'",
             hint="it ends with its supervisor",
         ) from None
+    if known.kernel is not None:
+        known.kernel.check()  # who connects to the watchdog is responsible from then on
     with ExitStack() as stack:
         beats, held = stack.enter_context(_take(path / SOCKET))
         if known.container is None:
@@ -169,6 +173,14 @@ def _supervise(
         guards["escape"] = on(escape.attach(held["seccomp"], stance))
     if known.policy is not None:
         guards["file"] = on(files(known, held, track))
+    if known.kernel is not None:
+        from mis_run.guards import kernel
+
+        plane = on(kernel.adopt(known.kernel, group.unified, held["ring"], track.level))
+        guards["kernel"] = plane
+        loop.every(settings.liveness.beat, plane.renew)
+        for event in kernel.backlog(plane):
+            record.write(event)  # not counted: the kernel has done that, each at its time
     counted = on(counters.attach(group.unified, settings.counters))
     follower = Follower(
         loop=loop,
@@ -182,7 +194,7 @@ def _supervise(
         denials=Denials(path / "info"),
     )
     follower.watch()
-    reaction.thaw(plan, partial(group.freeze, timeout=0.0))  # or nobody inside could be asked
+    box.on_loss("open")  # as it is; answers before this one were for the supervisor that is lost
     for one in guards.values():
         one.beat(box.probe)
     netns = held.get("netns")
@@ -195,11 +207,14 @@ def _supervise(
     on(control.serve(loop, path / "control.sock", requests.handler(follower)))
     on(supervise.signals(loop, follower.signal))
     follower.on_resize = on(terminal.relay(loop, box.pty))
-    dog.start(follower.unwatched, follower.dog_says)
-    subject = {"supervisor": os.getpid(), "level": track.level}
+    follower.watched(dog)
+    subject: dict[str, Any] = {"supervisor": os.getpid(), "level": track.level}
+    if known.kernel is not None:
+        subject["kernel"] = plain(plane.counts())
     record.write(Event(kind="run.attached", subject=subject))
     print(f"mis: supervising {path.name}: {' '.join(facts.get('command', []))}", file=sys.stderr)
     follower.follow()
+    follower.catch_up()
     loop.until(lambda: follower.ending is not None)
     dog.pause()
     assert follower.ending is not None
@@ -225,7 +240,7 @@ def network(
         {name.removeprefix(MAPS): fd for name, fd in held.items() if name.startswith(MAPS)},
         known.sources,
         enforce=known.plan.profile.enforce,
-        closed=track.effects.destinations,
+        stance=track.stance(enforce=known.plan.profile.enforce),
     )
 
 

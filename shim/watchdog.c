@@ -11,8 +11,10 @@
  *
  * Descriptors: 1 says "watching" once and is closed; 3 beats; 4 pidfd of the supervisor; 5 the
  * run's record; 6 and 7 cgroup.procs of the cgroup to be in and of the one to clean up from (or
- * /dev/null).  Beats are datagrams: "beat"; "hold NAME" with a descriptor; "pause" (the supervisor
- * is stopped on purpose); "resume"; "drop NAME"; "bye" (normal end).  Answers: "late", "recovered".
+ * /dev/null).  Beats are datagrams: "beat"; "hold NAME" with a descriptor; "hold" with some that have
+ * no name, and stay open until the end; "pause" (the supervisor is stopped on purpose); "resume";
+ * "frozen" (the agent, by the supervisor); "thawed"; "drop NAME"; "bye" (normal end).  Answers:
+ * "late", "recovered".
  *
  * Until the first "beat" the launch is being set up, which takes as long as it takes: only the end
  * of the beats counts.  Lost means: no word for DEADLINE_MS, or the end of the beats without "bye".
@@ -21,9 +23,10 @@
  * GC-COMMAND.  What is held is closed last: opens that wait for a verdict wait until the end.
  *
  * open: the agent goes on without verdicts.  Opens are let through and counted ("fanotify"), calls
- * of the escape guard too ("seccomp…", one per filter); the network's rules are the kernel's and stay in force.  The
- * run's lock ("lock") keeps it from being cleaned up.  Whoever of root connects to the socket
- * "attach" gets everything that is held, becomes the supervisor, and its connection the beats.
+ * of the escape guard too ("seccomp…", one per filter); the kernel plane, which misses its own beats,
+ * audits; the network's rules are the kernel's and stay in force.  The run's lock ("lock") keeps it
+ * from being cleaned up.  Whoever of root connects to the socket "attach" gets everything that is
+ * held under a name, becomes the supervisor, and its connection the beats.
  * When the agent's init ("init", a pidfd) ends, GC-COMMAND removes what is left.
  * Out of scope: judging violations, cleaning up.
  */
@@ -53,9 +56,11 @@ enum { BEATS = 3, SUPERVISOR = 4, RECORD = 5, ENTER = 6, LEAVE = 7 };
 #define EMPTY_WITHIN 5000 /* ms the killed cgroup gets to become empty */
 #define MOST_HELD 32
 #define MOST_TAKEN 65536 /* descriptors; fewer than this have tasks that wait for the supervisor */
+#define MOST_SENT 253 /* descriptors in a datagram, SCM_MAX_FD */
 #define NAME 24
 
 static const char *run, *cgroup;
+static int frozen; /* the agent, by the supervisor */
 static struct held {
 	char name[NAME];
 	int fd;
@@ -264,19 +269,20 @@ static int let_call_pass(int listener)
 static void release_waiting(int group)
 {
 	struct fanotify_response answer = { .response = FAN_ALLOW };
-	char path[PATH_MAX], frozen = '0';
+	char path[PATH_MAX], others = '0';
 	int fd;
 
 	for (answer.fd = 0; group >= 0 && answer.fd < MOST_TAKEN; answer.fd++)
 		(void)!write(group, &answer, sizeof(answer));
 	snprintf(path, sizeof(path), "%s/cgroup.freeze", cgroup);
 	fd = open(path, O_RDONLY | O_CLOEXEC);
-	(void)!read(fd, &frozen, 1);
+	(void)!read(fd, &others, 1);
 	close(fd);
-	if (frozen == '1') /* on purpose: they are asked about when it is thawed */
+	if (others == '1' && !frozen) /* an engine's pause: they are asked about when that ends */
 		return;
 	cgroup_write("cgroup.freeze", "1");
 	cgroup_write("cgroup.freeze", "0");
+	frozen = 0;
 }
 
 /* Give one descriptor away under its name. */
@@ -367,7 +373,7 @@ static void keep_open(const char *why, char **gc)
 /* Read one word; keeps descriptors that came along. Empty at the end of the beats. */
 static ssize_t hear(char *text, size_t size)
 {
-	char control[CMSG_SPACE(MOST_HELD * sizeof(int))];
+	char control[CMSG_SPACE(MOST_SENT * sizeof(int))];
 	struct iovec part = { text, size - 1 };
 	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = control,
 				  .msg_controllen = sizeof(control) };
@@ -377,8 +383,12 @@ static ssize_t hear(char *text, size_t size)
 	if (length < 0)
 		return errno == EAGAIN || errno == EINTR ? -1 : 0;
 	text[length] = 0;
+	if (message.msg_flags & MSG_CTRUNC) { /* no descriptor is free: the supervisor ends the agent */
+		say("full", "what must stay open could not be held", 0);
+		_exit(125);
+	}
 	header = length > 0 ? CMSG_FIRSTHDR(&message) : NULL;
-	if (header && header->cmsg_type == SCM_RIGHTS) {
+	if (header && header->cmsg_type == SCM_RIGHTS && strcmp(text, "hold")) {
 		int *fds = (int *)CMSG_DATA(header);
 		int count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
 
@@ -428,6 +438,8 @@ static const char *watch(long deadline, long beat)
 			return NULL;
 		if (!strncmp(word, "drop ", 5))
 			drop(word + 5);
+		else if (!strcmp(word, "frozen") || !strcmp(word, "thawed"))
+			frozen = *word == 'f';
 		else if (strncmp(word, "hold", 4))
 			paused = !strcmp(word, "pause");
 		if (!late && !strcmp(word, "beat") && now - last > 2 * beat + deadline / 4) {

@@ -17,6 +17,9 @@ class Guard(Protocol):
     def read(self) -> list[Event]:
         """Answer and report what is pending, a bounded part of it, without blocking."""
 
+    def answers_late(self, delay: float) -> bool:
+        """Whether its denials take ``delay`` seconds by themselves; else the agent is held."""
+
     def verify(self, probe: Callable[[str], int]) -> None:
         """Have a forbidden act tried and see it denied and counted. Raises VerifyError."""
 

@@ -2,6 +2,7 @@
 
 ``prepare`` (before we leave the host's mounts) → ``reserve`` → `Reserved.attach`, once the
 container exists.  The reservation is what ends, after the container: so it is made before it.
+`Reserved.left` → ``adopt`` is for an agent that outlives its supervisor (`resume`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mis_run.bundle import ROOT_CAPABILITIES
-from mis_run.dataclass import replace
+from mis_run.dataclass import dataclass, replace
 from mis_run.errors import SetupError
+from mis_run.events import Event
 from mis_run.guards import lsm, lsm_lines, lsm_plane, lsm_policy
 from mis_run.guards.file_policy import Policy
-from mis_run.guards.lsm_abi import Right, RuleFlag
+from mis_run.guards.lsm_abi import EVENT, LAYOUT, Right, RuleFlag
 from mis_run.guards.lsm_policy import Compiled, Entry, Place
 from mis_run.linux import mountinfo
 from mis_run.model import OnLoss, Plan
@@ -42,6 +44,7 @@ class Reserved:
         self._cgroup = cgroup
         self._processes = processes
         self._guard: lsm.LsmGuard | None = None
+        self._settings: lsm.LsmPolicy | None = None
 
     def attach(self, plan: Plan, policy: Policy, pid: int) -> lsm.LsmGuard:
         """From here on the agent in the container of init ``pid`` is judged. Raises SetupError."""
@@ -67,8 +70,21 @@ class Reserved:
             canary=lsm_lines.CANARY,
         )
         self._guard = lsm.LsmGuard(self._cgroup, settings, lsm_plane.ensure())
+        self._settings = settings
         self._guard.register()
         return self._guard
+
+    def left(self, deadline: float) -> Left:
+        """For a supervisor after us, who has to `renew` within ``deadline`` seconds each time."""
+        assert self._settings is not None
+        rules = replace(self._settings.rules, held=[])
+        policy = replace(self._settings, rules=rules, deadline=deadline)
+        return Left(lsm_plane.version(), LAYOUT, policy)
+
+    def inodes(self) -> list[int]:
+        """Descriptors that must stay open as long as the rules stand (`Compiled.held`)."""
+        assert self._settings is not None
+        return self._settings.rules.held
 
     def close(self) -> None:
         """The agent is gone, and with it all that the plane knows of it."""
@@ -77,6 +93,48 @@ class Reserved:
 
 
 NEVER = (0xFFFFFFFF,) * 4
+
+
+@dataclass(frozen=True)
+class Left:
+    """What was decided of an agent, for another supervisor: the ``version`` of the plane that it
+    began with, the ``layout`` of its maps, and the policy without descriptors."""
+
+    version: str
+    layout: tuple[str, ...]
+    policy: lsm.LsmPolicy
+
+    def check(self) -> None:
+        """Raise SetupError when we could not take the agent over."""
+        if self.layout != LAYOUT:
+            raise SetupError(
+                "kernel plane: this run was begun by another version of mis-run",
+                hint="mis attach of that version",
+            )
+        if not (lsm_plane.TOP / self.version).is_dir():
+            raise SetupError(f"kernel plane: {lsm_plane.TOP / self.version} is not here")
+
+
+@contextmanager
+def adopt(left: Left, cgroup: Path, ring: int, level: int) -> Iterator[lsm.LsmGuard]:
+    """The guard of an agent that lost its supervisor, by its ``ring``; its deadline counts anew.
+
+    What the kernel knows of it stays when the context ends: it goes with the cgroup
+    (`lsm_plane.sweep`), never before the agent.  Raises SetupError.
+    """
+    plane = lsm_plane.Plane(lsm_plane.TOP / left.version)
+    guard = lsm.LsmGuard(cgroup, left.policy, plane, os.dup(ring))
+    try:
+        guard.take_over(level)
+        yield guard
+    finally:
+        guard.release()
+
+
+def backlog(guard: lsm.LsmGuard) -> list[Event]:
+    """What was told while nobody read: as many events as the ring has room for."""
+    turns = lsm.RING // EVENT.size // lsm.BATCH + 1
+    return [event for _ in range(turns) for event in guard.read()]
 
 
 @contextmanager

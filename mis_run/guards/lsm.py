@@ -2,7 +2,8 @@
 
 ``supported`` → ``attach`` → ``verify`` → ``read``, ``renew`` → detach, the context's end.
 Adding an agent only writes maps.  If we are killed its entries stay, and with them the guard: when
-the deadline has passed every act of the agent is denied and kills it (`lsm_plane.sweep` tidies up).
+the deadline has passed every act of the agent is denied and kills it (`lsm_plane.sweep` tidies up),
+or all is only told until another supervisor takes it over (`lsm_attach`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mis_run.dataclass import dataclass, field, replace
+from mis_run.defcon import NORMAL, SPIN
 from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event
 from mis_run.guards import lsm_abi, lsm_plane
 from mis_run.guards.file import NO_CHILD
-from mis_run.guards.lsm_abi import PLACE, RULE, STATE, own_words
+from mis_run.guards.lsm_abi import AGENT, OWN, PLACE, RULE, STATE, own_words
 from mis_run.guards.lsm_plane import supported
 from mis_run.guards.lsm_policy import Compiled
 from mis_run.guards.lsm_settings import LsmPolicy, Settings
@@ -53,21 +55,25 @@ class Counts:
 class LsmGuard:
     """An attached guard."""
 
-    def __init__(self, cgroup: Path, policy: LsmPolicy, plane: lsm_plane.Plane) -> None:
+    def __init__(
+        self, cgroup: Path, policy: LsmPolicy, plane: lsm_plane.Plane, ring: int | None = None
+    ) -> None:
+        """``ring`` is a descriptor, from now on ours, of the ring that the agent has already."""
         self.id = cgroup.stat().st_ino
         self._cgroup = cgroup
         self._policy = policy
         self._plane = plane
         self._key = struct.pack("=Q", self.id)
         self._slot = -1  # none yet
+        self._placed: set[bytes] = set()  # where our rules are
         self._proving = bool(policy.canary)  # until `arm` there is no agent, only guards that try
         depth = _depth(cgroup)
         if depth > DEEPEST:
             raise SetupError(f"{cgroup} is nested more than {DEEPEST} deep")
         own = own_words(policy.rules.entries)
         self._settings = Settings(id=self.id, depth=depth, own=own, deadline=policy.deadline)
-        self._ring_fd = bpf_pins.make_ring(RING)
-        self._ring = libbpf.Ring(libbpf.Map(self._ring_fd))
+        self.ring = bpf_pins.make_ring(RING) if ring is None else ring
+        self._ring = libbpf.Ring(libbpf.Map(self.ring))
 
     # ---- the agent's settings -------------------------------------------------------------
 
@@ -102,6 +108,14 @@ class LsmGuard:
         _, count, _, *rest, _, _ = self._state()
         return Counts(count, *rest)
 
+    def level(self) -> int:
+        """DEFCON as the kernel has it from its own count (level_of in verdict.bpf.h)."""
+        settings = self._policy.defcon
+        _, count, last, *_ = self._state()
+        if count < settings.thresholds[3]:
+            count >>= int((time.monotonic_ns() - last) / (settings.decay * 1e9))
+        return NORMAL - sum(count >= threshold for threshold in settings.thresholds)
+
     # ---- attaching ------------------------------------------------------------------------
 
     def register(self) -> None:
@@ -112,10 +126,21 @@ class LsmGuard:
             self._slot = plane.free_slot()
             self._settings.generation = plane.next_epoch()
             self._reset()
-            plane.rings.update(self._key, struct.pack("=I", self._ring_fd))
+            plane.rings.update(self._key, struct.pack("=I", self.ring))
             self.renew()
             plane.slots.update(self._key, struct.pack("=I", self._slot))
             plane.announce()
+
+    def take_over(self, level: int) -> None:
+        """Instead of `register`, for an agent that the plane knows: its rules and its count stay as
+        they are, its level is at most this.  Raises SetupError."""
+        slot = self._plane.slot(self.id)
+        if slot is None:
+            raise SetupError("kernel plane: it does not know the agent any more", hint="mis ps")
+        self._slot, self._proving = slot, False
+        _, self._settings.generation, *words = AGENT.unpack(self._plane.agents.read(slot))
+        self._settings.own = words[-OWN:]  # our way to find a bit may be another
+        self.set_level(level)
 
     def replace(self, rules: Compiled) -> None:
         """Other rules for what begins after this; until then an act may meet some of both.
@@ -130,7 +155,9 @@ class LsmGuard:
         self._put_rules(rules)
         self._void()
         for place in old.entries.keys() - rules.entries.keys():
-            self._plane.rules.delete(PLACE.pack(self.id, place.inode, place.device, 0))
+            key = PLACE.pack(self.id, place.inode, place.device, 0)
+            self._plane.rules.delete(key)
+            self._placed.discard(key)
         self._void()
         settings.own = wanted
         self.renew()
@@ -146,17 +173,21 @@ class LsmGuard:
 
     def _put_rules(self, rules: Compiled) -> None:
         for place, entry in rules.entries.items():
-            self._plane.rules.update(
-                PLACE.pack(self.id, place.inode, place.device, 0),
-                RULE.pack(entry.allow, entry.deny, entry.number, entry.flags),
-            )
+            key = PLACE.pack(self.id, place.inode, place.device, 0)
+            self._placed.add(key)
+            value = RULE.pack(entry.allow, entry.deny, entry.number, entry.flags)
+            self._plane.rules.update(key, value)
 
     def close(self) -> None:
         """The agent is known no more, and nothing of it is left in the maps."""
         with lsm_plane.locked():
-            self._plane.forget(self.id)
+            self._plane.forget(self.id, self._placed)
+        self.release()
+
+    def release(self) -> None:
+        """Close our descriptors; the agent is judged as before."""
         self._ring.close()
-        os.close(self._ring_fd)
+        os.close(self.ring)
         self._plane.close()
         self._policy.rules.release()
 
@@ -185,6 +216,10 @@ class LsmGuard:
         return [lsm_abi.event(sample, texts) for sample in samples]
 
     # ---- proof ----------------------------------------------------------------------------
+
+    def answers_late(self, delay: float) -> bool:
+        """As long as a hook may wait."""
+        return delay <= SPIN
 
     def verify(self, probe: Callable[[str], int] | None = None) -> None:
         """A read, an exec and a mount that no rule allows, by a child of ours in the agent's
@@ -224,18 +259,23 @@ class LsmGuard:
 
     def beat(self, probe: Callable[[str], int]) -> None:
         """The canary opened by the container's init: refused and counted. Raises VerifyError."""
+        met = self._tried(probe)
+        if met == 0 and self._policy.on_loss == "open":
+            met = self._tried(probe)  # were we late, it was only told of: that proves nothing
+        if self._policy.enforce and met not in (errno.EPERM, *NO_CHILD):
+            raise VerifyError(f"kernel plane: the canary met {abi.error(met)}, not EPERM")
+
+    def _tried(self, probe: Callable[[str], int]) -> int:
+        self.renew()
         before = self.counts().canaries
         met = probe(f"open 0 {self._policy.canary}")
-        if met in NO_CHILD:
-            return
-        if self.counts().canaries == before:
+        if met not in NO_CHILD and self.counts().canaries == before:
             raise VerifyError(
                 f"kernel plane: the canary inside the container was not refused by it "
                 f"(it met {abi.error(met)})",
                 hint="mis doctor",
             )
-        if self._policy.enforce and met != errno.EPERM:
-            raise VerifyError(f"kernel plane: the canary met {abi.error(met)}, not EPERM")
+        return met
 
 
 def in_cgroup(cgroup: Path, act: Callable[[], object]) -> int:

@@ -6,6 +6,7 @@ Events become `Event` here.  Out of scope: who may do what (`lsm_policy`), attac
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntFlag
 
@@ -14,7 +15,8 @@ from mis_run.hints import Any
 
 PLACE = struct.Struct("=QQII")
 RULE = struct.Struct("=HHII")
-AGENT = struct.Struct("=QQQQQII4I6BH16Q")
+OWN = 16  # words of mis_agent.own, its last
+AGENT = struct.Struct(f"=QQQQQII4I6BH4I{OWN}Q")
 STATE = struct.Struct("=IIQQQQQQQQQQ")
 SLOTS = 4096
 PLANE = struct.Struct("=QQ")
@@ -77,6 +79,8 @@ NET_ACTS = ("socket", "unix", "foreign")
 ACTS = (*FILE_ACTS, "exec", *ESCAPE_ACTS, *NET_ACTS)
 """Words for enum mis_act, in its order."""
 EXEC = len(FILE_ACTS)
+LAYOUT = (*(one.format for one in (PLACE, RULE, AGENT, STATE, PLANE, EVENT)), *ACTS)
+"""Of the maps and events: a plane of another layout is not ours to write to."""
 
 # What `detail` of an act is; for the others it says nothing.
 DETAILS: Mapping[str, str] = {
@@ -107,7 +111,7 @@ CAPABILITIES = """
 
 def own_words(places: Iterable[tuple[int, int]]) -> list[int]:
     """mis_agent.own for inodes (device, number) that have a rule: what cache.bpf.h looks in."""
-    words = [0] * 16
+    words = [0] * OWN
     for _, inode in places:
         bit = (inode * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 54
         words[bit >> 6] |= 1 << (bit & 63)
@@ -123,7 +127,7 @@ def event(sample: bytes, texts: Sequence[str]) -> Event:
     """One event of the ring buffer; ``texts`` are the profile lines by number, 1 the first."""
     if len(sample) != EVENT.size:
         return Event(kind="lsm.malformed", subject={"bytes": len(sample)})
-    (_, agent, inode, device, pid, uid, rule, right, detail, path_at, what, verdict, level) = (
+    (at, agent, inode, device, pid, uid, rule, right, detail, path_at, what, verdict, level) = (
         fields := EVENT.unpack(sample)
     )[:13]
     if what >= len(ACTS) or verdict > 3:
@@ -159,4 +163,6 @@ def event(sample: bytes, texts: Sequence[str]) -> Event:
         comm=comm.split(b"\0")[0].decode(errors="replace"),
         subject=subject,
         rule=texts[rule - 1] if 0 < rule <= len(texts) else WORDS.get(rule, "default"),
+        # It may have lain there for hours: until a new supervisor came.
+        time=time.time() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - at) / 1e9,
     )

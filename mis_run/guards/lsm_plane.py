@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Collection
 from contextlib import AbstractContextManager, suppress
 from functools import cache, cached_property
 from pathlib import Path
@@ -126,8 +127,9 @@ class Plane:
         """Make every task look again which agent it belongs to. To be called under `locked`."""
         self._state.write(0, PLANE.pack(self.next_epoch(), len(self.ids())))
 
-    def forget(self, agent: int) -> None:
-        """Remove all that is known of an agent. To be called under `locked`."""
+    def forget(self, agent: int, places: Collection[bytes] | None = None) -> None:
+        """Remove all that is known of an agent, its rules at ``places`` (None: wherever they are,
+        which takes a look at everybody's). To be called under `locked`."""
         key, slot = agent.to_bytes(8, "little"), self.slot(agent)
         settings = b"" if slot is None else self.agents.read(slot)
         if slot is not None and settings[:8] == key:
@@ -135,9 +137,11 @@ class Plane:
         # A map of maps: the kernel waits here until no program runs that began before, and may
         # still have the slot in its hands (maybe_wait_bpf_programs). Only then it is free.
         self.rings.delete(key)
-        for place in self.rules.keys(PLACE.size):
-            if PLACE.unpack(place)[0] == agent:
-                self.rules.delete(place)
+        if places is None:
+            every = self.rules.keys(PLACE.size)
+            places = [place for place in every if PLACE.unpack(place)[0] == agent]
+        for place in places:
+            self.rules.delete(place)
         self.slots.delete(key)
         self.announce()
 

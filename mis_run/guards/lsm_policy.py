@@ -63,11 +63,12 @@ class Compiled:
     entries: Mapping[Place, Entry]
     texts: tuple[str, ...]
     missing: tuple[str, ...] = ()
-    held: ExitStack = field(default_factory=ExitStack)
+    held: list[int] = field(default_factory=list)
 
     def release(self) -> None:
-        """Close what `held` holds."""
-        self.held.close()
+        """Close what `held` has."""
+        while self.held:
+            os.close(self.held.pop())
 
 
 Device = Callable[[int], int]
@@ -105,6 +106,7 @@ def compile(lines: Sequence[Line], root: int, device: Device, mounts: Iterable[s
     """
     entries: dict[Place, Entry] = {}
     missing: list[str] = []
+    held: list[int] = []
     with ExitStack() as stack:
 
         @cache
@@ -113,6 +115,7 @@ def compile(lines: Sequence[Line], root: int, device: Device, mounts: Iterable[s
             if fd is None:
                 return None
             stack.callback(os.close, fd)
+            held.append(fd)
             return Place(device(fd), os.fstat(fd).st_ino)
 
         for number, line in enumerate(lines, 1):
@@ -137,7 +140,7 @@ def compile(lines: Sequence[Line], root: int, device: Device, mounts: Iterable[s
                 here = effective(entries[one] for one in way if one in entries)
                 old = entries.get(found, here)
                 entries[found] = replace(here, flags=old.flags)
-        held = stack.pop_all()
+        stack.pop_all()  # they are the rules' from here on
     return Compiled(entries, tuple(line.text for line in lines), tuple(missing), held)
 
 

@@ -48,7 +48,8 @@ class Settings:
     def pack(self, policy: LsmPolicy) -> bytes:
         """struct mis_agent; the deadline counts from now."""
         effects = {**defcon.EFFECTS, **policy.defcon.effects}
-        if self.quiet or not policy.defcon.act:
+        act = policy.defcon.act and not self.quiet
+        if not act:
             effects = dict.fromkeys(effects, defcon.NEVER)
         flags = AgentFlag(0)
         if policy.enforce:
@@ -66,5 +67,7 @@ class Settings:
             *policy.defcon.thresholds,
             *(effects[name] for name in ("writes", "binaries", "wx_memory", "explicit")),
             *(effects["kill"], self.level, 0),
+            *(defcon.spin(delay) if act else 0 for delay in policy.defcon.delays),
+            0,
             *self.own,
         )

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from mis_run import rules, table
+from mis_run import defcon, rules, table
 from mis_run.build import built
 from mis_run.dataclass import dataclass, fields
+from mis_run.defcon import ENFORCING, Stance
 from mis_run.events import Event, Guarantee
 from mis_run.guards import net_events, net_layout, net_trials
 from mis_run.guards.net_layout import CALLS, COUNTER, HOOKS, KEY
@@ -87,13 +88,13 @@ class NetGuard:
         enforce: bool,
         maps: Mapping[str, int] | None = None,
         sources: tuple[str, str] = ("0.0.0.0", "::"),
-        closed: bool = False,
+        stance: Stance = ENFORCING,
     ) -> None:
         self._plan = plan
         self._parsed = [rules.parse(text) for text in plan.allow]
         self._listen = [rule for text in plan.listen for rule in rules.parse_listen(text)]
         self._enforce = enforce
-        self._closed = closed
+        self._stance = stance
         self._configuring = threading.Lock()
         self._sources = sources
         self._object = None if maps else (_ahead.pop().result() if _ahead else _programs())
@@ -140,9 +141,10 @@ class NetGuard:
             self._maps["rules"].delete(KEY.pack(*place))
             del self._installed[place]
 
-    def close_new(self, closed: bool) -> None:
-        """DEFCON: whether only destinations that were used before are still allowed."""
-        self._closed = closed
+    def follow(self, stance: Stance) -> None:
+        """Do as DEFCON says now: whether only destinations that were used before are still
+        allowed, and how late calls are denied.  To be called at every change of the level."""
+        self._stance = stance
         self._configure()
 
     def _install_listen(self) -> None:
@@ -156,8 +158,9 @@ class NetGuard:
             settings = net_layout.settings(
                 self._sources,
                 enforce=self._enforce,
-                level=3 if self._closed else 5,
+                level=3 if self._stance.effects().destinations else 5,
                 texts=len(self._texts),
+                spin=defcon.spin(self._stance.delay()),
             )
             self._maps["settings"].update(bytes(4), settings)
 
@@ -255,6 +258,10 @@ class NetGuard:
 
     # ---- proof ----------------------------------------------------------------------------
 
+    def answers_late(self, delay: float) -> bool:
+        """As long as a call may wait in the kernel."""
+        return delay <= defcon.SPIN
+
     def verify(self, probe: net_trials.Probe, together: net_trials.Probes | None = None) -> None:
         """One forbidden act per hook, from inside the agent's cgroup: refused *and* counted.
 
@@ -333,14 +340,13 @@ def adopt(
     sources: tuple[str, str],
     *,
     enforce: bool,
-    closed: bool,
+    stance: Stance,
 ) -> Iterator[NetGuard]:
     """The guard of a run whose supervisor is gone, by the descriptors of its maps.
 
-    The programs stay attached as they are; ``sources`` are the agent's addresses, ``closed`` is as
-    for `NetGuard.close_new`.
+    The programs stay attached as they are; ``sources`` are the agent's addresses.
     """
     with closing(
-        NetGuard(plan, enforce=enforce, maps=maps, sources=sources, closed=closed)
+        NetGuard(plan, enforce=enforce, maps=maps, sources=sources, stance=stance)
     ) as guard:
         yield guard

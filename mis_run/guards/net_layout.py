@@ -32,7 +32,7 @@ CALLS = tuple(HOOKS)[:7]
 KEY = struct.Struct("=I16s")
 PORT = struct.Struct("=4H")
 ENTRY = struct.Struct("=2I")
-SETTINGS = struct.Struct("=16s16s4I")
+SETTINGS = struct.Struct("=16s16s5I")
 COUNTER = struct.Struct("=7Q")
 EVENT = struct.Struct("=QII16s16sHHBBHII")
 
@@ -47,11 +47,14 @@ def entry(made: table.Entry) -> bytes:
     return ENTRY.pack(len(made.ports), made.reason) + ports.ljust(unused, b"\0")
 
 
-def settings(sources: tuple[str, str], *, enforce: bool, level: int, texts: int) -> bytes:
-    """``struct mis_settings``; the last two of ``texts`` are "default" and the raised level's."""
+def settings(
+    sources: tuple[str, str], *, enforce: bool, level: int, texts: int, spin: int
+) -> bytes:
+    """``struct mis_settings``; the last two of ``texts`` are "default" and the raised level's,
+    ``spin`` the nanoseconds that a denied call waits in the kernel."""
     four, six = (ipaddress.ip_address(address).packed for address in sources)
     mapped = b"\0" * 10 + b"\xff\xff" + four
-    return SETTINGS.pack(mapped, six, int(enforce), level, texts - 2, texts - 1)
+    return SETTINGS.pack(mapped, six, int(enforce), level, texts - 2, texts - 1, spin)
 
 
 def counters(raw: bytes) -> dict[str, int]:

@@ -12,10 +12,9 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
-from mis_run import control, liveness, names, reaction, report, requests, resume, state, supervise
+from mis_run import control, liveness, names, report, requests, resume, state, supervise
 from mis_run.briefing import Denials
 from mis_run.errors import SetupError
 from mis_run.events import Event
@@ -100,7 +99,6 @@ def run(
         denials=Denials(path / INFO),
     )
     watcher.watch()
-    reaction.thaw(plan, partial(group.freeze, timeout=0.0))
     filters = {name: fd for name, fd in held.items() if name.startswith(FILTER)}
     for fd in filters.values():
         watcher.guard(os.dup(fd))
@@ -111,7 +109,7 @@ def run(
     guard.canary_pid = 0
     _serve(stack, path, plan, watcher, guard, held.get("netns"))
     on(supervise.signals(loop, watcher.signal))
-    dog.start(watcher.unwatched, watcher.dog_says)
+    watcher.watched(dog)
     _rename(watcher, dog, filters)
     subject = {"supervisor": os.getpid(), "level": tracker.level}
     record.write(Event(kind="run.attached", subject=subject))

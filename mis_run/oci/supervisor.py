@@ -274,7 +274,7 @@ def _guarded(
             )
         )
         on(control.serve(loop, run_dir.path / "control.sock", requests.handler(watcher)))
-        dog.start(watcher.unwatched, watcher.dog_says)
+        watcher.watched(dog)
         subject = {"container": order.container, **report.facts(plan, record)}
         run_dir.note(phase="running", **subject)
         record.write(Event(kind="run.start", subject=subject))

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mis_run import cgroup_detect, rules
+from mis_run.defcon import Effects, Stance
 from mis_run.errors import VerifyError
 from mis_run.events import Verdict
 from mis_run.guards import net, net_events, net_layout
@@ -218,11 +219,11 @@ def test_defcon_level_denies_new_destinations(group: Path) -> None:
     used, new = (connect(INET, TCP, "127.0.0.1", port) for port in (47010, 47011))
     with net.attach(group, guard):
         assert inside(group, used) == REFUSED
-        guard.close_new(True)
+        guard.follow(Stance(effects=lambda: Effects(destinations=True)))
         assert inside(group, used) == REFUSED
         assert inside(group, new) == EPERM
         assert "defcon" in guard.read()[0].rule
-        guard.close_new(False)
+        guard.follow(Stance())
         assert inside(group, new) == REFUSED
 
 

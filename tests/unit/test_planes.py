@@ -8,7 +8,7 @@ import pytest
 
 from mis_run import host, plan, planes, profiles
 from mis_run.dataclass import replace
-from mis_run.errors import MissingGuarantee, UsageError
+from mis_run.errors import MissingGuarantee
 from mis_run.model import Bind, Exec, Files, Finding, Host, Liveness, OnLoss, Options, PlaneChoice
 
 HOST = Host(mechanisms={}, cgroup="v2", unified=None, controllers={}, runtime=None)
@@ -47,12 +47,14 @@ def test_names_take_the_file_guard_along() -> None:
     assert chosen(CAN, replace(DEFAULT, enforce=False)) == {"bpf-lsm"}
 
 
-def test_what_outlives_its_supervisor_stays_on_the_host_plane() -> None:
-    """A new supervisor cannot take over the kernel plane: not chosen, and a wish for it refused."""
+def test_what_outlives_its_supervisor_is_judged_as_others_are() -> None:
+    """A new supervisor takes over either plane, and both."""
     profile = replace(DEFAULT, liveness=Liveness(on_loss=OnLoss.OPEN))
-    assert chosen(CAN, profile) == {"fanotify"}
-    with pytest.raises(UsageError, match="on_loss"):
-        chosen(CAN, profile, plane=PlaneChoice.KERNEL)
+    assert chosen(CAN, profile) == {"bpf-lsm"}
+    assert chosen(CAN, profile, plane=PlaneChoice.KERNEL) == {"bpf-lsm"}
+    assert chosen(CAN, profile, plane=PlaneChoice.HOST) == {"fanotify"}
+    named = replace(profile, files=replace(DEFAULT.files, deny=("**/*.key",)))
+    assert chosen(CAN, named) == {"bpf-lsm", "fanotify"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mis_run import reaction
+from mis_run import pauses, reaction
 from mis_run.defcon import Tracker
 from mis_run.events import Event, Guarantee
 from mis_run.explain import advise
@@ -109,29 +109,21 @@ def test_a_violation_of_a_limit_is_explained() -> None:
 def test_an_agent_goes_on_when_the_last_reason_is_gone() -> None:
     """Frozen once for two reasons, thawed once; what is no news changes nothing."""
     done: list[bool] = []
-    pauses = reaction.Pauses(done.append)
-    assert pauses.set("limits", on=True)
-    assert not pauses.set("limits", on=True)
-    assert pauses.set("starved", on=True)
-    assert pauses.set("limits", on=False)
+    stops = pauses.Pauses(done.append, lambda when, then: None)
+    assert stops.set("limits", on=True)
+    assert not stops.set("limits", on=True)
+    assert stops.set("starved", on=True)
+    assert stops.set("limits", on=False)
     assert done == [True]
-    assert not pauses.set("limits", on=False)
-    assert pauses.set("starved", on=False)
+    assert not stops.set("limits", on=False)
+    assert stops.set("starved", on=False)
     assert done == [True, False]
-    pauses.end()
+    stops.end()
     assert done == [True, False]
-    pauses.set("limits", on=True)
-    pauses.set("starved", on=True)
-    pauses.end()
+    stops.set("limits", on=True)
+    stops.set("starved", on=True)
+    stops.end()
     assert done == [True, False, True, False]
-
-
-@pytest.mark.parametrize("key", ["on_oom", "on_pids", "on_throttled", "on_pressure", ""])
-def test_only_what_may_have_frozen_is_thawed(key: str) -> None:
-    """Under a profile that never freezes, a frozen container is one that its engine paused."""
-    done: list[bool] = []
-    reaction.thaw(plan(**{key: "freeze"} if key else {}), done.append)
-    assert done == ([False] if key else [])
 
 
 def test_mail_is_taken_in_order() -> None:

@@ -130,26 +130,40 @@ class GuestItem(pytest.Item):
         return self.where, None, self.name
 
 
-MACHINES = pytest.StashKey[dict[str, Machine]]()
+MACHINES = pytest.StashKey[dict[str, Machine | str]]()
+"""By kernel; or why there is none."""
 
 
 def _machine(item: GuestItem) -> Machine:
     """The machine of this item's kernel; the first call starts all that are needed."""
     session = item.session
     if MACHINES not in session.stash:
-        if reason := vm.missing():
-            stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-            stop(f"no test VM: {reason}")
         wanted: dict[str, list[str]] = {}
         for other in session.items:
             name = other.name.partition("[")[0]
             if isinstance(other, GuestItem) and (other.line, name) not in NOT_ON:
                 wanted.setdefault(other.line, []).append(other.inner)
-        machines = {line: Machine(line, ids) for line, ids in wanted.items()}
+        machines = {line: _absent(line) or Machine(line, ids) for line, ids in wanted.items()}
         session.stash[MACHINES] = machines
         for machine in machines.values():
-            machine.thread.start()
-    return session.stash[MACHINES][item.line]
+            if isinstance(machine, Machine):
+                machine.thread.start()
+    found = session.stash[MACHINES][item.line]
+    if isinstance(found, str):
+        stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        stop(f"no test VM: {found}")
+    return found
+
+
+def _absent(line: str) -> str:
+    """Why there can be no machine with this kernel here, or an empty string."""
+    if reason := vm.missing():
+        return str(reason)
+    try:
+        vm.kernel(line)
+    except (vm.VmError, OSError) as error:
+        return str(error)
+    return ""
 
 
 if not IN_GUEST:
@@ -182,8 +196,9 @@ if not IN_GUEST:
     def pytest_sessionfinish(session: pytest.Session) -> None:
         """Wait for machines that still run: they end by themselves, at the bound at the latest."""
         for machine in session.stash.get(MACHINES, {}).values():
-            machine.thread.join()
-            machine.folder.cleanup()
+            if isinstance(machine, Machine):
+                machine.thread.join()
+                machine.folder.cleanup()
 
 
 @pytest.fixture

@@ -95,6 +95,9 @@ def kernel(line: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         cached = sorted(CACHE.glob(f"{line}/*/boot/vmlinuz-*"), key=lambda path: _key(path.name))
         newest = _newest(line)
+        if not newest and not cached and os.geteuid() == 0:  # no lists yet
+            subprocess.run(["apt-get", "-qq", "update"], capture_output=True, check=False)
+            newest = _newest(line)
         if newest and cached and cached[-1].name == f"vmlinuz-{newest}":
             return cached[-1]
         try:

@@ -74,7 +74,7 @@ def test_the_plan_chooses_it(workspace: Path) -> None:
     assert mechanisms(*named) & both == both
     lost = str(workspace.parent / "lost.toml")
     Path(lost).write_text('extends = "default"\n[liveness]\non_loss = "open"\n')
-    assert mechanisms("--profile", lost) & both == {"fanotify"}
+    assert mechanisms("--profile", lost) & both == {"bpf-lsm"}
     assert "judged in LSM hooks" in mis("doctor").stdout
 
 
@@ -170,6 +170,40 @@ deny = ["$WORKSPACE/open/outlaw"]
     os.link(workspace / "none/file", workspace / "open/control")
     assert subprocess.run([workspace / "open/outlaw"], check=False).returncode == 0
     assert Path("/etc/shadow").read_bytes()
+
+
+LATE = """
+import os, time
+def deny():
+    try:
+        os.close(os.open("/etc/shadow", os.O_RDONLY))
+    except PermissionError:
+        return
+    raise SystemExit("not denied")
+for _ in range(3):
+    deny()
+time.sleep(1)  # the supervisor has heard of all
+began = time.monotonic()
+for _ in range(10):
+    deny()
+time.sleep(0.5)
+print(time.monotonic() - began)
+"""
+
+
+@pytest.mark.parametrize("act", [True, False])
+def test_delays_are_frozen_out(act: bool, workspace: Path) -> None:
+    """Together by all their delays; the control only counts."""
+    levels = "[defcon]\nthresholds = [1, 2, 900, 1000]\ndelays = [0.0001, 0.5, 0.5]\n"
+    done = run(
+        *("/usr/bin/python3", "-I", "-c", LATE),
+        cwd=workspace,
+        options=profile(workspace, f"{levels}act = {str(act).lower()}\n"),
+    )
+    assert done.code == 0, done.err
+    assert len(done.denied("file.open")) == 13
+    late = float(done.out) > 10 * 0.5 * 0.8
+    assert late == act
 
 
 LOOP = """

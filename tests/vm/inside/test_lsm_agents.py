@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import signal
 import struct
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from mis_run.guards.lsm_abi import PLACE, Right, RuleFlag
 OK, EPERM = 0, errno.EPERM
 pytestmark = pytest.mark.parametrize("tree", ["tmpfs"], indirect=True, scope="module")
 CALM = lsm.Defcon(act=False)
+NEVER = 0xFFFFFFFF
 
 
 def read(path: Path) -> Callable[[], object]:
@@ -293,6 +296,30 @@ def _spawn(path: Path) -> None:
     pid = os.posix_spawn(path, [str(path)], {})
     if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
         raise OSError(EPERM, "it failed")
+
+
+@pytest.mark.parametrize(("spin", "act"), [(0.0002, True), (0.0002, False), (0.0001, True)])
+def test_denials_wait_in_the_kernel(spin: float, act: bool, tree: Any, agent: Path) -> None:
+    """The quickest of many denials at a raised level takes that much longer than an open that is
+    allowed; where levels have no effect it does not."""
+    raised = lsm.Defcon(thresholds=(1, NEVER, NEVER, NEVER), delays=(spin, 0.0, 0.0), act=act)
+    shared = mmap.mmap(-1, 16)
+
+    def measure() -> None:
+        quickest = [1.0, 1.0]
+        for _ in range(300):
+            for number, path in enumerate((tree.hidden / "file", tree.open / "file")):
+                began = time.perf_counter()
+                with suppress(PermissionError):
+                    os.close(os.open(path, os.O_RDONLY))
+                quickest[number] = min(quickest[number], time.perf_counter() - began)
+        shared[:] = struct.pack("=dd", *quickest)
+
+    with lsm.attach(agent, tree.policy(defcon=raised)) as guard:
+        assert lsm.in_cgroup(agent, measure) == OK
+        assert guard.counts().denied == 300
+    denied, allowed = struct.unpack("=dd", shared)
+    assert (denied - allowed > spin) == act, (denied, allowed)
 
 
 def test_the_count_halves(tree: Any, agent: Path) -> None:
