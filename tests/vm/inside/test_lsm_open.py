@@ -105,7 +105,7 @@ def lines(folder: Path) -> list[str]:
 
 
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    text = (folder.parent / "record").read_text()
+    text = (folder.parent / "record").read_text().rpartition("\n")[0]  # the last may be half there
     return [e for line in text.splitlines() if (e := json.loads(line))["kind"].startswith(kind)]
 
 
