@@ -27,7 +27,7 @@ from mis_run.cgroup_detect import (
     places,
     supported,
 )
-from mis_run.cgroup_own import WATCHDOG, make, remove_if_unused
+from mis_run.cgroup_own import WATCHDOG, find, make, remove_if_unused
 from mis_run.cgroup_stats import Usage
 from mis_run.errors import SetupError
 from mis_run.events import Event
@@ -261,15 +261,15 @@ def gc(live_ids: Collection[str]) -> list[str]:
     dead: dict[str, set[PurePosixPath]] = {}
     for top in dict.fromkeys([unified, *controllers.values()]):
         for pattern in PARENTS:
-            for path in top.glob(f"{pattern}/*"):
+            for path in find(top, f"{pattern}/*"):
                 if path.is_dir() and RUN_ID.fullmatch(path.name) and path.name not in live_ids:
                     parent = PurePosixPath("/", path.relative_to(top).parent)
                     dead.setdefault(path.name, set()).add(parent)
     for run_id, parents in dead.items():
         for parent in parents:
             Cgroup(run_id, unified, controllers, parent).remove()
-    probes = [path for path in unified.glob(f"{PROBE}*") if not _alive(path.name)]
-    found = (path for pattern in PARENTS for path in unified.glob(f"{pattern}/*{WATCHDOG}"))
+    probes = [path for path in find(unified, f"{PROBE}*") if not _alive(path.name)]
+    found = (path for pattern in PARENTS for path in find(unified, f"{pattern}/*{WATCHDOG}"))
     dogs = [path for path in found if path.name.removesuffix(WATCHDOG) not in live_ids]
     for path in (*probes, *dogs, *(dog.parent for dog in dogs)):
         remove_if_unused(path)

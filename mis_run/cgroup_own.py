@@ -43,6 +43,17 @@ def _make_parent(directory: Path) -> None:
     directory.mkdir(exist_ok=True)
 
 
+def find(top: Path, pattern: str) -> list[Path]:
+    """``top.glob(pattern)`` while directories come and go: pathlib fails where one goes between two
+    of its looks (until Python 3.13)."""
+    for _ in range(1000):
+        try:
+            return list(top.glob(pattern))
+        except FileNotFoundError:
+            continue
+    raise SetupError(f"cannot list {top}/{pattern}: it changes again and again")
+
+
 def remove_if_unused(directory: Path) -> None:
     """rmdir, unless somebody uses it or it is gone."""
     try:

@@ -202,8 +202,10 @@ def sweep(cgroups: Path) -> list[int]:
     """
     if not TOP.exists():
         return []
-    alive = {cgroups.stat().st_ino}
-    alive |= {entry.stat().st_ino for entry in cgroups.rglob("*") if entry.is_dir()}
+    alive = set()
+    for path, _, _ in os.walk(cgroups):  # unlike rglob it bears that some go meanwhile
+        with suppress(FileNotFoundError):
+            alive.add(os.stat(path).st_ino)  # noqa: PTH116
     gone: list[int] = []
     with locked():
         for folder in TOP.iterdir():

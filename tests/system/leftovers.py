@@ -6,6 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from mis_run import cgroup_own
+
 
 def snapshot() -> dict[str, list[str]]:
     """Cgroups, interfaces, tables, mounts, state, switches: sorted names, ours only."""
@@ -13,7 +15,7 @@ def snapshot() -> dict[str, list[str]]:
         str(path)
         for root in _cgroup_roots()
         for pattern in ("mis/*", "mis.probe.*")
-        for path in root.glob(pattern)
+        for path in cgroup_own.find(root, pattern)
         if path.is_dir()
     )
     interfaces = sorted(
