@@ -105,7 +105,8 @@ def test_other_agents_are_not_slowed(workspace: Path) -> None:
     frozen = {noisy: 0, quiet: 0}
     while agents["noisy"].poll() is None:
         for file in frozen:
-            frozen[file] += file.exists() and file.read_text().strip() == "1"
+            with suppress(OSError):  # the cgroup goes with the agent
+                frozen[file] += file.read_text().strip() == "1"
         time.sleep(0.002)
     assert frozen[noisy] > 10
     assert not frozen[quiet]
