@@ -139,8 +139,9 @@ class Follower:
         events = guard.read()
         self.emit(events)
         delay = self.tracker.delay()
-        late = delay * pauses.denials(events)
-        if late and self.ending is None and not guard.answers_late(delay):
+        if not delay or self.ending is not None or guard.answers_late(delay):
+            return
+        if late := delay * pauses.denials(events):
             self._pauses.hold(late)
 
     def go(self, streams: tuple[int, int, int] | None) -> None:

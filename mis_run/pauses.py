@@ -15,9 +15,6 @@ from collections.abc import Callable, Iterable
 
 from mis_run.events import Event, Verdict
 
-AT_ONCE = 0.0002
-"""Seconds up to which the thaw is waited for actively: the loop's timers are a millisecond late."""
-
 
 def denials(events: Iterable[Event]) -> int:
     """How many denials follow one another: those of one thread. Threads wait side by side."""
@@ -62,15 +59,9 @@ class Pauses:
 
     def hold(self, seconds: float) -> None:
         """Denials were given that should have taken ``seconds``, more than those before."""
-        now = time.monotonic()
         self.set("denials", on=True)
-        self._until = max(self._until, now) + seconds
-        if self._until - now > AT_ONCE:
-            self._at(self._until, self._release)
-            return
-        while time.monotonic() < self._until:
-            pass
-        self._release()
+        self._until = max(self._until, time.monotonic()) + seconds
+        self._at(self._until, self._release)
 
     def _release(self) -> None:
         if time.monotonic() >= self._until:

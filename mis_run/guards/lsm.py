@@ -3,7 +3,7 @@
 ``supported`` → ``attach`` → ``verify`` → ``read``, ``renew`` → detach, the context's end.
 Adding an agent only writes maps.  If we are killed its entries stay, and with them the guard: when
 the deadline has passed every act of the agent is denied and kills it (`lsm_plane.sweep` tidies up),
-or all is only told until another supervisor takes it over (`lsm_attach`).
+or all is only told until another supervisor takes it over (`resume`).
 """
 
 from __future__ import annotations
