@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mis_run import cgroup_detect
-from mis_run.guards import lsm, lsm_policy
+from mis_run.guards import lsm, lsm_plane, lsm_policy
 from mis_run.guards.lsm_abi import Right, RuleFlag
 
 READ, WRITE, EXEC = Right.READ | Right.LIST, Right.WRITE, Right.EXEC
@@ -117,6 +117,12 @@ def tree(
         if request.param == "tmpfs":
             made.make()
         yield made
+
+
+@pytest.fixture(scope="module")
+def plane() -> None:
+    """Loaded, which takes seconds here, before the clock of any one test runs."""
+    lsm_plane.ensure().close()
 
 
 @pytest.fixture(scope="module")

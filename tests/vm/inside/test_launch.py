@@ -22,16 +22,10 @@ from leftovers import snapshot
 from mis_run.guards import lsm_plane
 from mis_run.guards.lsm_abi import PLACE
 
+pytestmark = pytest.mark.usefixtures("plane")
 NO_NET = ("--net", "none")
 # An emulated machine is late without being lost.
 SLOW = '[liveness]\ndeadline = "4s"\nbeat = "200ms"\ncanary = "2s"\n'
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _plane() -> Iterator[None]:
-    """Loading takes seconds here: before the clock of any one test runs."""
-    lsm_plane.ensure().close()
-    yield
 
 
 @pytest.fixture

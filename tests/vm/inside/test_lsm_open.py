@@ -24,6 +24,7 @@ from mis_run.events import Verdict
 from mis_run.guards import kernel, lsm, lsm_plane
 from mis_run.guards.lsm_abi import LAYOUT, OWN, PLACE, STATE
 
+pytestmark = pytest.mark.usefixtures("plane")
 # What no rule names is the kernel's to refuse, what a pattern names the file guard's too.
 PROFILE = """
 extends = "default"
@@ -55,13 +56,6 @@ while not os.path.exists("open/stop"):
     time.sleep(0.3)
 sys.exit(7)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _plane() -> Iterator[None]:
-    """Loading takes seconds here: before the clock of any one test runs."""
-    lsm_plane.ensure().close()
-    yield
 
 
 @pytest.fixture
