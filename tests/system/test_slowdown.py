@@ -103,15 +103,17 @@ def test_other_agents_are_not_slowed(workspace: Path) -> None:
         wait_for(lambda name=name: mis("inspect", name).returncode == 0)
     noisy, quiet = freezer("noisy"), freezer("quiet")
     frozen = {noisy: 0, quiet: 0}
-    while agents["noisy"].poll() is None:
-        for file in frozen:
-            with suppress(OSError):  # the cgroup goes with the agent
-                frozen[file] += file.read_text().strip() == "1"
-        time.sleep(0.002)
-    assert frozen[noisy] > 10
-    assert not frozen[quiet]
-    agents["quiet"].send_signal(signal.SIGTERM)
-    agents["quiet"].wait(20)
+    try:
+        while agents["noisy"].poll() is None:
+            for file in frozen:
+                with suppress(OSError):  # the cgroup goes with the agent
+                    frozen[file] += file.read_text().strip() == "1"
+            time.sleep(0.002)
+        assert frozen[noisy] > 10
+        assert not frozen[quiet]
+    finally:
+        agents["quiet"].send_signal(signal.SIGTERM)
+        agents["quiet"].wait(20)
 
 
 def test_what_another_froze_stays_frozen(workspace: Path) -> None:
