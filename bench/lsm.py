@@ -31,6 +31,7 @@ ROUNDS, AGENTS = 3, 100
 SOURCE = r"""
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -46,8 +47,9 @@ SOURCE = r"""
 #define FILES 64
 static const char *file;
 static char many[FILES][300], moved[2][300];
-static int listening;
+static int listening, listening_tcp;
 static struct sockaddr_un address = { .sun_family = AF_UNIX };
+static struct sockaddr_in here = { .sin_family = AF_INET };
 static void nothing(void) { getppid(); }
 static void reading(void) { close(open(file, O_RDONLY)); }
 static void reading_many(void) { static int n; close(open(many[n++ % FILES], O_RDONLY)); }
@@ -70,6 +72,15 @@ static void connecting(void)
     close(accept(listening, 0, 0));
     close(fd);
 }
+static void connecting_tcp(void)
+{
+    struct linger at_once = { .l_onoff = 1 }; /* no port waits for late packets */
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof(at_once));
+    if (connect(fd, (void *)&here, sizeof(here))) exit(7);
+    close(accept(listening_tcp, 0, 0));
+    close(fd);
+}
 static void forking(void)
 {
     pid_t pid = vfork();
@@ -88,7 +99,8 @@ static struct { const char *name; void (*act)(void); int times; } acts[] = {
     { "open-64", reading_many, 30000 }, { "move", moving, 10000 },
     { "move+open", moving_reading, 10000 }, { "truncate", truncating, 10000 },
     { "mmap", mapping, 20000 }, { "map-file", mapping_file, 10000 },
-    { "socket", socketing, 10000 }, { "connect", connecting, 10000 }, { "fork", forking, 1000 },
+    { "socket", socketing, 10000 }, { "connect", connecting, 10000 },
+    { "connect-tcp", connecting_tcp, 10000 }, { "fork", forking, 1000 },
     { "exec", executing, 1000 },
 };
 static double run(void (*act)(void), int times)
@@ -130,6 +142,11 @@ int main(int argc, char **argv)
     unlink(address.sun_path);
     listening = socket(AF_UNIX, SOCK_STREAM, 0);
     if (bind(listening, (void *)&address, sizeof(address)) || listen(listening, 5)) return 8;
+    socklen_t size = sizeof(here);
+    here.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    listening_tcp = socket(AF_INET, SOCK_STREAM, 0);
+    if (bind(listening_tcp, (void *)&here, size) || listen(listening_tcp, 5)) return 8;
+    getsockname(listening_tcp, (void *)&here, &size);
     for (unsigned i = 0; i < sizeof(acts) / sizeof(*acts); i++) {
         int times = acts[i].times / atoi(argv[2]);
         if (!wanted(acts[i].name, argv + 3)) continue;
@@ -264,7 +281,7 @@ def main() -> int:
 def show(taken: Taken, unit: str, say: Callable[[str], None]) -> None:
     """What a call costs without the plane, and what the other situations add: of the best rounds,
     since whatever else happens in a round only adds; and how far its rounds lie apart."""
-    say(f"{'act':10} {'no plane, ' + unit:>24} " + " ".join(f"{name:>25}" for name in taken))
+    say(f"{'act':11} {'no plane, ' + unit:>24} " + " ".join(f"{name:>25}" for name in taken))
     for act in taken["no plane"][0]:
         cells = []
         for rounds in taken.values():
@@ -273,7 +290,7 @@ def show(taken: Taken, unit: str, say: Callable[[str], None]) -> None:
             more = min(found) - base
             apart = (max(found) - min(found)) / base / 2
             cells.append(f"{more:+8.0f} {more / base:+7.1%} (±{apart:5.1%})")
-        say(f"{act:10} {base:24.0f} " + " ".join(cells))
+        say(f"{act:11} {base:24.0f} " + " ".join(cells))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ struct mis_net_event {
 #define MIS_WORKSPACE 1 /* writes here are no risk at a raised level */
 #define MIS_EXPLICIT 2 /* named in the profile itself, not by a set or a pattern */
 #define MIS_ANCHOR 4 /* a rule lies below: neither moved nor removed */
-#define MIS_CANARY 8 /* what we try ourselves: counted apart, no violation */
+#define MIS_CANARY 8 /* what we try ourselves: counted apart while we do, see MIS_TRYING */
 #define MIS_FATAL 16 /* a denial goes to level 1 at once */
 
 /* mis_agent.flags */
@@ -116,6 +116,7 @@ struct mis_net_event {
 #define MIS_LOSS_OPEN 2 /* past the deadline: audit instead of deny and kill */
 #define MIS_NO_WX 4 /* no memory writable and executable, at any level */
 #define MIS_NO_CACHE 8 /* every act is judged by a walk: to compare */
+#define MIS_TRYING 16 /* we try the canary now: it is no violation */
 
 #define MIS_SLOTS 4096 /* agents at a time; a power of two */
 #define MIS_OWN 16 /* words of mis_agent.own */
@@ -183,6 +184,8 @@ enum mis_act {
 	MIS_ACTS,
 };
 
+#define MIS_MOST_ACTS 64 /* a power of two */
+
 /* An inode with an agent's rule. `device` is the kernel's own s_dev: major << 20 | minor. */
 struct mis_place {
 	__u64 agent;
@@ -233,12 +236,12 @@ struct mis_state {
 	__u64 denied;
 	__u64 audited;
 	__u64 killed;
-	__u64 lost; /* events: the ring buffer was full */
 	__u64 canaries; /* denials of what MIS_CANARY marks */
 	__u64 asked; /* acts on files that what is remembered did not allow */
 	__u64 walks; /* from a directory to the root, to remember what they found */
 	__u64 tick; /* of the machine's clock, and the time when it was first read in it */
 	__u64 now;
+	__u32 lost[MIS_MOST_ACTS]; /* events, by act: the ring buffer was full */
 };
 
 /* One for the machine. */

@@ -19,15 +19,16 @@ struct state {
 	__u64 denied;
 	__u64 audited;
 	__u64 killed;
-	__u64 lost;
 	__u64 canaries;
 	__u64 asked;
 	__u64 walks;
 	__u64 tick;
 	__u64 now;
+	__u32 lost[MIS_MOST_ACTS];
 };
 
 _Static_assert(sizeof(struct state) == sizeof(struct mis_state), "see mis.h");
+_Static_assert(MIS_ACTS <= MIS_MOST_ACTS, "each has its count");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY); /* by slot */
@@ -331,7 +332,7 @@ __noinline int refused(struct act *act, int allowed)
 	state = bpf_map_lookup_elem(&states, &slot);
 	if (!agent || !state || agent->id != act->id) /* being removed: its tasks are gone, or should be */
 		return 1;
-	if (!dead && act->marks & MIS_CANARY) {
+	if (!dead && act->marks & MIS_CANARY && act->flags & MIS_TRYING) {
 		__sync_fetch_and_add(&state->canaries, 1);
 		return enforce != 0;
 	}
@@ -348,7 +349,7 @@ __noinline int refused(struct act *act, int allowed)
 		__sync_fetch_and_add(&state->audited, 1);
 	}
 	if (!tell(act, dead ? MIS_KILL : enforce ? MIS_DENY : MIS_AUDIT))
-		__sync_fetch_and_add(&state->lost, 1);
+		__sync_fetch_and_add(&state->lost[act->what & (MIS_MOST_ACTS - 1)], 1);
 	if (enforce && !dead)
 		be_late(agent, act->level);
 	return enforce != 0;

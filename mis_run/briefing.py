@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mis_run import explain, report
+from mis_run import explain, report, taint
 from mis_run.bundle import INFO
 from mis_run.events import Event
 from mis_run.hints import Any
@@ -33,6 +33,7 @@ def rules(plan: Plan) -> dict[str, Any]:
             "write": list(profile.files.write),
             "deny": [*profile.files.deny, *profile.files.kill],
             "read_only": list(profile.files.protect),
+            "taint": list(profile.files.taint),
         },
         "exec": {"allow": list(profile.exec.allow), "deny": list(profile.exec.deny)},
         "network": {"mode": plan.network.mode.value, "allow": list(plan.network.allow)},
@@ -42,6 +43,7 @@ def rules(plan: Plan) -> dict[str, Any]:
             "pids": plan.limits.pids,
             "seconds": plan.limits.timeout,
         },
+        "level_once_tainted": taint.follows(profile) if profile.files.taint else None,
         "violations_until_killed": profile.defcon.thresholds[3] if profile.defcon.act else None,
     }
 
@@ -76,6 +78,7 @@ def text(plan: Plan) -> str:
     if profile.defcon.act:
         most = profile.defcon.thresholds[3]
         lines.append(f"Each denial slows you down; after {most} of them you are killed.")
+    lines += taint.words(profile)
     lines.append("If your task needs more, stop and tell the person who started you which rule.")
     return "\n".join(lines) + "\n"
 
@@ -94,7 +97,7 @@ class Denials:
         self._left = MOST
 
     def add(self, event: Event) -> None:
-        """Append one violation, while there is room."""
+        """Append one violation, or what marked the agent, while there is room."""
         line = json.dumps(entry(event.json()), ensure_ascii=False, default=str) + "\n"
         self._left -= len(line.encode(errors="replace"))
         if self._left > 0:

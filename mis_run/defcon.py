@@ -28,6 +28,8 @@ SPIN = 0.0002
 """Seconds that a denial may wait inside the kernel, where the CPU is nobody else's meanwhile."""
 
 NEVER = 0
+TAINT = "taint"
+"""Cause of a change that no violation made."""
 EFFECTS: Mapping[str, int] = {
     "writes": 3,
     "binaries": 3,
@@ -70,12 +72,14 @@ def effects_at(level: int, begins: Mapping[str, int] = EFFECTS) -> Effects:
 class Stance:
     """How a guard carries out its denials now; asked at every one of them.
 
-    ``enforce`` false only records.  ``delay`` gives the seconds by which an answer is late.
+    ``enforce`` false only records.  ``delay`` gives the seconds by which an answer is late,
+    ``marked`` whether the agent is marked (`Tracker.mark`).
     """
 
     enforce: bool = True
     delay: Callable[[], float] = lambda: 0.0
     effects: Callable[[], Effects] = lambda: CALM
+    marked: Callable[[], bool] = lambda: False
 
 
 ENFORCING = Stance()
@@ -99,14 +103,17 @@ class Tracker:
     """Counts violations; `level` is 5 (normal) to 1 (emergency), `count` what it follows from.
 
     Invariants (tests/unit/test_defcon.py): violations alone never raise the level's number; the
-    level is the one that `count` has in the thresholds, unless a rule marked ``kill`` or an
-    operator set it; level 1 is final as long as no operator changes it.  With ``act`` false levels
-    are counted and shown, but there is no delay, no effect and no `Change` that kills.
+    level is the one that `count` has in the thresholds, or that of a mark if that is lower, unless
+    a rule marked ``kill`` or an operator set it; level 1 is final as long as no operator changes
+    it.  With ``act`` false levels are counted and shown, but there is no delay, no effect and no
+    `Change` that kills.
     """
 
     def __init__(self, settings: Defcon, clock: Callable[[], float] = time.monotonic) -> None:
         self.level = NORMAL
         self.count = 0
+        self.marked = False  # it has opened what the profile taints
+        self._calmest = NORMAL  # how far a level may rise again by itself
         self._settings = settings
         self._clock = clock
         self._last = clock()
@@ -126,7 +133,7 @@ class Tracker:
 
     def stance(self, *, enforce: bool) -> Stance:
         """What guards that follow this tracker are attached with."""
-        return Stance(enforce, self.delay, lambda: self.effects)
+        return Stance(enforce, self.delay, lambda: self.effects, lambda: self.marked)
 
     def violation(self, event: Event) -> Change | None:
         """Count one violation. A rule marked ``kill`` goes to level 1 at once.
@@ -157,7 +164,19 @@ class Tracker:
         self.count = (0, *self._settings.thresholds)[NORMAL - level]
         self._last = now
         self._recent.clear()
+        if level > self._calmest:
+            self._calmest = NORMAL  # an operator has lifted what the mark does
         return self._changed(before, cause, now)
+
+    def mark(self, level: int) -> Change | None:
+        """The agent has read what it must not carry away: from now on its level is at most
+        ``level`` (NEVER: as it is), until an operator sets a higher one.  It counts nothing.
+        """
+        now, before = self._clock(), self.level
+        self.marked = True
+        self._calmest = min(self._calmest, level or NORMAL)
+        self.level = min(self.level, self._calmest)
+        return self._changed(before, TAINT, now)
 
     def tick(self) -> Change | None:
         """Let time pass: to be called at `next_deadline`, so that levels fall by themselves."""
@@ -184,7 +203,7 @@ class Tracker:
             return
         self.count >>= min(halvings, 64)
         self._last += halvings * self._settings.decay
-        self.level = max(self.level, self._level_of(self.count))
+        self.level = max(self.level, min(self._level_of(self.count), self._calmest))
 
     def _is_retry(self, event: Event, now: float) -> bool:
         """The same thread repeating the same act: the first RETRIES within BURST are one act."""

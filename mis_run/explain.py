@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping
 
-from mis_run import quoting
+from mis_run import quoting, taint
 from mis_run.dataclass import dataclass
 from mis_run.hints import Any
 
@@ -27,8 +27,13 @@ class Advice:
     flag: str = ""
 
 
+def concerns(event: Mapping[str, Any]) -> bool:
+    """Whether there is advice on an event: a violation, or what marked the agent."""
+    return event.get("verdict") in ("deny", "audit", "kill") or event.get("kind") == taint.KIND
+
+
 def advise(event: Mapping[str, Any]) -> Advice:
-    """The advice for one violation."""
+    """The advice for one event that it `concerns`."""
     kind = str(event.get("kind", ""))
     subject = event.get("subject", {})
     rule = str(event.get("rule") or "default")
@@ -36,6 +41,8 @@ def advise(event: Mapping[str, Any]) -> Advice:
     who = str(event.get("comm") or "a process")
     if area == "net":
         return _network(verb, subject, who, rule)
+    if kind == taint.KIND:
+        return _mark(subject, who, rule)
     if area in ("file", "exec"):
         return _object(area, subject, who, rule)
     if area == "escape" and "mode" in subject:
@@ -110,6 +117,16 @@ def _object(area: str, subject: Mapping[str, Any], who: str, rule: str) -> Advic
     return Advice(f"{who} wanted to {verb} {path}", why, _line(where, quoting.pattern(path)))
 
 
+def _mark(subject: Mapping[str, Any], who: str, rule: str) -> Advice:
+    """What the mark brings."""
+    level = subject.get("acts", True) and subject.get("level", 0)
+    return Advice(
+        f"{who} opened {subject.get('path', '?')}, which marks the agent",
+        f"rule: {rule}; "
+        + (f"DEFCON {level} or stricter from here on" if level else "it is only recorded"),
+    )
+
+
 def _line(where: str, entry: str) -> str:
     """The line of a profile that adds an entry to the inherited ones."""
     return f'{where} = ["...", {quoting.toml(entry)}]'
@@ -121,10 +138,11 @@ def _flag(destination: str) -> str:
 
 
 def text(events: Iterable[Mapping[str, Any]]) -> str:
-    """Each different denial once, with how often, in the order of first appearance."""
+    """Each different denial once, with how often, in the order of first appearance; and what marked
+    the agent."""
     counted: dict[Advice, int] = {}
     for event in events:
-        if event.get("verdict") in ("deny", "audit", "kill"):
+        if concerns(event):
             advice = advise(event)
             counted[advice] = counted.get(advice, 0) + 1
     lines = []

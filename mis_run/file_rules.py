@@ -25,6 +25,7 @@ EXACT, FLOATING, ANCHORED = 2, 1, 0
 class Effect(IntEnum):
     """What a rule does; of equally specific ones the higher decides."""
 
+    TAINT = 0  # in a set of rules of its own: it neither allows nor denies
     ALLOW = 1
     DENY = 2
     KILL = 3
@@ -75,6 +76,12 @@ class Rules:
     wild: dict[str, list[tuple[str, Rule]]] = field(default_factory=dict)  # by folder
     floating: list[tuple[str, Rule]] = field(default_factory=list)
     _any_floating: str = ""
+
+    def patterns(self) -> list[str]:
+        """The patterns of all rules."""
+        rules = [rule for found in self.under.values() for rule in found]
+        rules += [rule for found in self.wild.values() for _, rule in found]
+        return [rule.pattern for rule in (*rules, *(rule for _, rule in self.floating))]
 
     def judge(self, path: str) -> Verdict:
         """The verdict on an absolute, normalized path."""
@@ -179,6 +186,7 @@ def expand(
     the links of a path in the agent's root.
     """
     found = []
+    word = {Effect.ALLOW: "", Effect.TAINT: "taint "}.get(effect, "deny ")
     for entry in written:
         text, _, digest = entry.partition("#sha256:")
         for pattern in sets(text):
@@ -187,7 +195,7 @@ def expand(
                 Rule(
                     pattern=resolved(pattern, resolve),
                     effect=effect,
-                    text=f"{'deny ' if effect is not Effect.ALLOW else ''}{entry}",
+                    text=f"{word}{entry}",
                     explicit=explicit,
                     sha256=digest.lower(),
                 )

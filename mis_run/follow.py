@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from mis_run import pauses, reaction
+from mis_run import pauses, reaction, taint
 from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
 from mis_run.dataclass import dataclass
@@ -176,12 +176,22 @@ class Follower:
             self.loop.after(timeout, self._timed_out)
 
     def emit(self, events: Iterable[Event]) -> None:
-        """Record events and let violations count; DEFCON 1 ends the run."""
+        """Record events and let violations count, and a taint mark; DEFCON 1 ends the run."""
         for event in events:
+            if event.kind == taint.KIND:
+                self._mark(taint.told(event, self.plan.profile))
+                continue
             self.record.write(event)
             if event.violation:
                 self.denials.add(event)
             self._changed(self.tracker.violation(event))
+
+    def _mark(self, event: Event) -> None:
+        """The agent waits in an open that marks it: all that follows is in force before it goes on
+        (`guards.file`)."""
+        self.record.write(event)
+        self.denials.add(event)
+        self._changed(self.tracker.mark(taint.level(self.plan.profile)))
 
     def _changed(self, change: Change | None) -> None:
         """Tell a new DEFCON level, have the network guard follow it, end the run at level 1."""
@@ -321,6 +331,7 @@ class Follower:
             "usage": plain(self.cgroup.usage()),
             "violations": self.record.violations,
             "level": self.tracker.level,
+            "tainted": self.tracker.marked,
             "canaries": self.canaries,
         }
         if self.counters is not None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from functools import cached_property
 
 from mis_run.errors import SetupError
-from mis_run.linux import unix_diag
+from mis_run.linux import mountinfo, unix_diag
 
 MOST_WALKED = 1_000_000  # folders and files
 
@@ -29,25 +30,49 @@ def inside(binds: Mapping[str, str]) -> list[str]:
     try:
         bound = unix_diag.bound()
     except OSError:  # not in this kernel: every socket may be somebody's
-        return sorted(path for bind in folders.items() for path in _below(*bind, None))
+        return sorted(path for bind in folders.items() for path in _below(*bind))
     found: set[str] = set()
     hidden: set[unix_diag.Place] = set()
+    mounts = _Mounts()
     for place, name in bound.items():
-        path = _where(name, place)
+        path = _where(name, place, mounts)
         if path is None:
             hidden.add(place)
             continue
         for target, source in folders.items():
             if path.startswith(f"{source.rstrip('/')}/"):
                 found.add(f"{target.rstrip('/')}{path[len(source.rstrip('/')) :]}")
-    for target, source in folders.items():
-        device = os.stat(source).st_dev  # noqa: PTH116 - a place is no path
-        if wanted := {place for place in hidden if place[0] == device}:
-            found |= set(_below(target, source, wanted))
+    for target, source in folders.items() if hidden else ():
+        devices = mounts.devices(source)
+        if wanted := {place for place in hidden if place[0] in devices}:
+            found |= set(_below(target, source, wanted, devices))
     return sorted(found)
 
 
-def _where(name: str, place: unix_diag.Place) -> str | None:
+class _Mounts:
+    """Devices of file systems as unix_diag tells them: what os.stat says is another number for a
+    subvolume of btrfs, and for the files of some overlays."""
+
+    @cached_property
+    def _seen(self) -> list[mountinfo.Mount]:
+        return mountinfo.read()
+
+    def devices(self, path: str) -> set[int]:
+        """Of the file system that ``path`` lies on, and of those mounted below."""
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            here = mountinfo.id_of(fd)
+        finally:
+            os.close(fd)
+        below = f"{path.rstrip('/')}/"
+        return {
+            os.makedev(*map(int, mount.device.split(":")))
+            for mount in self._seen
+            if mount.id == here or mount.point.startswith(below)
+        }
+
+
+def _where(name: str, place: unix_diag.Place, mounts: _Mounts) -> str | None:
     """The only path of a bound socket, links resolved; None when it cannot be told."""
     if not name.startswith("/"):
         return None
@@ -57,12 +82,26 @@ def _where(name: str, place: unix_diag.Place) -> str | None:
         facts = os.lstat(path)
     except OSError:  # removed, or another mount namespace's name
         return None
-    only = _place(facts) == place and facts.st_nlink == 1
-    return path if only else None
+    if facts.st_nlink != 1 or not stat.S_ISSOCK(facts.st_mode):
+        return None
+    device, number = _place(facts)
+    if number != place[1]:
+        return None
+    if device == place[0]:
+        return path
+    with suppress(OSError):  # removed since
+        return path if place[0] in mounts.devices(path) else None
+    return None
 
 
-def _below(target: str, source: str, wanted: set[unix_diag.Place] | None) -> Iterator[str]:
-    """The sockets in a folder; ``wanted`` None: all of them."""
+def _below(
+    target: str,
+    source: str,
+    wanted: Collection[unix_diag.Place] = (),
+    devices: Collection[int] = (),
+) -> Iterator[str]:
+    """The sockets in a folder that are ``wanted``, and those that cannot be told from one because
+    they lie on none of ``devices``; without them all."""
     left, seen = [""], 0
     while left:
         inner = left.pop()
@@ -79,7 +118,8 @@ def _below(target: str, source: str, wanted: set[unix_diag.Place] | None) -> Ite
             elif not (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
                 with suppress(FileNotFoundError):  # gone since
                     facts = entry.stat(follow_symlinks=False)
-                    if stat.S_ISSOCK(facts.st_mode) and (not wanted or _place(facts) in wanted):
+                    known = facts.st_dev in devices
+                    if stat.S_ISSOCK(facts.st_mode) and (not known or _place(facts) in wanted):
                         yield f"{target.rstrip('/')}{path}"
 
 

@@ -286,6 +286,6 @@ def _tell(plan: Plan, record: report.Record, facts: dict[str, Any], *, quiet: bo
     """The summary on stderr: always JSON when asked for, else unless quiet and uneventful."""
     if plan.json_report:
         print(json.dumps({"run": record.run_id, **facts}, default=str), file=sys.stderr)
-    elif not quiet or record.violations or facts["git"]:
+    elif not quiet or record.violations or facts["git"] or facts["tainted"]:
         for line in report.summary(facts, record):
             print(f"mis-run: {line}", file=sys.stderr)

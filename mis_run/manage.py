@@ -180,13 +180,13 @@ def _events(path: Path, *, follow: bool) -> Any:
 @click.option("--last", is_flag=True, help="The last denial only.")
 @JSON
 def explain(which: str | None, last: bool, as_json: bool) -> int:
-    """Say what a run was denied, why, and what would allow it; without RUN, the latest run."""
+    """Say what a run was denied, why, and what would allow it, and what marked it; without RUN,
+    the latest run."""
     from mis_run import explain as explainer
     from mis_run.jsonable import plain
 
-    violations = ("deny", "audit", "kill")
     path = _record(which)
-    found = [e for e in _events(path, follow=False) if e.get("verdict") in violations]
+    found = [e for e in _events(path, follow=False) if explainer.concerns(e)]
     found = found[-1:] if last else found
     if as_json:
         _print([{"event": e, **plain(explainer.advise(e))} for e in found])

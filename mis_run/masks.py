@@ -11,7 +11,7 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mis_run import file_rules as rules
@@ -23,11 +23,17 @@ Links = dict[str, str | None]
 """What was found at a path on the host: a link's target, or no link."""
 
 
-def resolve(root: str, path: str, links: Links | None = None) -> str:
+def resolve(
+    root: str,
+    path: str,
+    links: Links | None = None,
+    where: Callable[[str], str] | None = None,
+) -> str:
     """``path`` with every link followed inside ``root``; what does not exist is kept as written.
 
     The result starts with ``/`` and is relative to ``root``; what is in ``links`` is not looked at
-    again.  Raises OSError (ELOOP) for a circle.
+    again.  ``where`` says, instead of ``root``, at which path of ours one of them lies.  Raises
+    OSError (ELOOP) for a circle.
     """
     left = [part for part in path.split("/") if part and part != "."][::-1]
     at: list[str] = []
@@ -39,6 +45,8 @@ def resolve(root: str, path: str, links: Links | None = None) -> str:
             at[-1:] = []
             continue
         here = "/".join([top, *at, part])
+        if where is not None:
+            here = where(here)
         if here not in known:
             try:
                 known[here] = os.readlink(here)  # noqa: PTH115 - no Path: asked hundreds of times

@@ -93,6 +93,7 @@ class Files:
     deny: tuple[str, ...] = ()
     protect: tuple[str, ...] = ()  # inside writable places, mounted read-only
     kill: tuple[str, ...] = ()  # denied, and at once DEFCON 1
+    taint: tuple[str, ...] = ()  # whoever opens one is marked: `Defcon.tainted`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,7 @@ class Defcon:
     weights: Mapping[str, int] = field(default_factory=dict)  # event kind → violations it counts
     effects: Mapping[str, int] = field(default_factory=dict)  # effect → level, `defcon.EFFECTS`
     act: bool = True  # False: count and report only
+    tainted: int = 3  # the level of a marked agent is at most this; 0: only recorded
 
 
 @dataclass(frozen=True, kw_only=True)

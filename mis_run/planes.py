@@ -42,6 +42,8 @@ def needs_names(options: Options, profile: Profile) -> str:
     scratch = profiles.expand(("@scratch",), facts)
     writable = [*shared, *(path.removesuffix("/**") for path in scratch)]
     files, programs = profile.files, profile.exec
+    if files.taint:  # only the file guard can let an open wait until a level is in force
+        return files.taint[0]
     if programs.deny:  # a copy of it, and what the loader runs, is known by content
         return programs.deny[0]
     allowed = profiles.expand((*files.read, *files.write), facts)

@@ -199,6 +199,12 @@ def for_an_image(profile: Profile) -> Profile:
     denied = tuple(entry for entry in files.deny if entry != "@secrets")
     return replace(
         profile,
-        files=replace(files, read=widened(files.read), write=widened(files.write), deny=denied),
+        files=replace(
+            files,
+            read=widened(files.read),
+            write=widened(files.write),
+            deny=denied,
+            taint=widened(files.taint),
+        ),
         exec=replace(programs, allow=widened(programs.allow)),
     )

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mis_run import taint
 from mis_run.errors import SetupError
 from mis_run.events import Event
 from mis_run.hints import Any, TextIO
@@ -27,6 +28,7 @@ from mis_run.quoting import printable
 RECORDS = Path("/var/log/mis")
 KEEP = 200  # records of ended runs kept in RECORDS
 MAX_BYTES = 16 << 20
+ALWAYS = ("run.", taint.KIND)  # few, and needed: `resume` reads there that an agent is marked
 
 
 class Record:
@@ -50,7 +52,7 @@ class Record:
         if self._out is None:
             return
         line = json.dumps({"run": self.run_id, **event.json()}, default=str) + "\n"
-        if self._written + len(line) > MAX_BYTES and not event.kind.startswith("run."):
+        if self._written + len(line) > MAX_BYTES and not event.kind.startswith(ALWAYS):
             self.dropped += 1
             return
         self._written += self._out.write(line)
@@ -198,6 +200,8 @@ def summary(facts: Mapping[str, Any], record: Record) -> list[str]:
     for event in record.last[-3:]:
         what = printable(" ".join(str(value) for value in event.subject.values()))
         lines.append(f"{event.verdict}: {event.kind} {what} (rule: {event.rule or 'default'})")
+    if facts.get("tainted"):
+        lines.append(f"tainted: it has opened what marks it; see: mis explain {record.run_id}")
     if record.violations:
         lines.append(f"{record.violations} violation(s); see: mis logs {record.run_id}")
     if record.dropped:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from mis_run import control, gc, liveness, names, report, state, supervise, terminal
+from mis_run import control, gc, liveness, names, report, state, supervise, taint, terminal
 from mis_run.box import Box
 from mis_run.briefing import Denials
 from mis_run.cgroup import Cgroup
@@ -25,7 +25,8 @@ from mis_run.defcon import Tracker
 from mis_run.errors import SetupError, UsageError
 from mis_run.events import Event
 from mis_run.guards import counters, escape, file, net
-from mis_run.guards.file_policy import Identity, Policy
+from mis_run.guards.file_objects import Identity
+from mis_run.guards.file_policy import Policy
 from mis_run.hints import TYPE_CHECKING, Any
 from mis_run.jsonable import plain
 from mis_run.model import Plan
@@ -224,10 +225,11 @@ def _supervise(
 
 
 def tracker(known: Known) -> Tracker:
-    """DEFCON as it was: losing a supervisor resets nothing."""
-    found = Tracker(known.plan.profile.defcon)
-    if (level := _last_level(known.record)) < found.level:
-        found.set(level)
+    """DEFCON as it was, by the record: losing a supervisor resets nothing."""
+    settings, path = known.plan.profile, known.record
+    found = Tracker(settings.defcon)
+    events = report.read(path) if path is not None and path.exists() else None
+    taint.restore(found, events, settings)
     return found
 
 
@@ -264,13 +266,3 @@ def _cgroup(run_id: str, known: Known) -> Cgroup:
     host = known.plan.host
     assert host.unified is not None
     return Cgroup(run_id, host.unified, host.controllers, PurePosixPath(known.place).parent)
-
-
-def _last_level(path: Path | None) -> int:
-    """The DEFCON level that the record ends with: losing a supervisor resets nothing."""
-    level = 5
-    if path is not None and path.exists():
-        for event in report.read(path):
-            if event.get("kind") == "defcon.change":
-                level = int(event.get("subject", {}).get("to", level))
-    return level

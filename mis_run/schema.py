@@ -172,6 +172,14 @@ def _effects(value: Any) -> dict[str, int]:
     return {read_name(name): read_level(level) for name, level in value.items()}
 
 
+def _mark(value: Any) -> int:
+    try:
+        return _whole(0, 4)(value)
+    except UsageError as error:
+        hint = "use a level, 4 (warning) to 1 (killed), or 0: only recorded"
+        raise UsageError(error.message, hint=hint) from None
+
+
 def _guarantees(value: Any) -> frozenset[Guarantee]:
     return frozenset(_list(_choice([g.value for g in Guarantee], Guarantee))(value))
 
@@ -205,6 +213,12 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = {
             _PATHS, "read-only inside a writable place, as `$WORKSPACE/.git/hooks`", "patterns"
         ),
         "kill": Key(_PATHS, "as `deny`, and the agent is killed at once", "patterns"),
+        "taint": Key(
+            _PATHS,
+            "who has opened one, where other keys allow it, is marked for the rest of the run: "
+            "`defcon.tainted`",
+            "patterns",
+        ),
     },
     "exec": {
         "allow": Key(
@@ -266,6 +280,12 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = {
             "table",
         ),
         "act": Key(_flag, "false: count and report only", "true or false"),
+        "tainted": Key(
+            _mark,
+            "the level of an agent that opened a file of `files.taint` is at most this, 4 to 1; "
+            "0: only recorded",
+            "level",
+        ),
     },
     "liveness": {
         "on_loss": Key(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from mis_run import taint
 from mis_run.hints import Any
 from mis_run.model import Mechanism, NetMode, Plan
 from mis_run.quoting import printable
@@ -70,6 +71,10 @@ def plan(made: Plan) -> str:
     inside = [p for p in made.protected if made.workspace and p.startswith(f"{made.cwd}/")]
     lines += [f"protected    {path} (read-only)" for path in inside]
     lines.append(f"hidden       {', '.join(made.masked) or 'nothing'}")
+    if made.profile.files.taint:
+        level = taint.follows(made.profile)
+        shown = f"marks: DEFCON {level}" if level else "is recorded only"
+        lines.append(f"taint        {', '.join(made.profile.files.taint)} ({shown})")
     kind = {
         NetMode.NONE: "none: loopback only",
         NetMode.GUARDED: f"guarded: own namespace, IPv6 {'on' if net.ipv6 else 'off'}",

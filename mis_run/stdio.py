@@ -3,7 +3,9 @@
 Whoever has a descriptor can open its file anew by ``/proc/self/fd`` (proc_pid_fd(5)), with another
 mode and from its beginning; and no guard of the container is asked, because the file lies on a
 mount of the host.  So a file that our caller redirected to or from reaches the agent by a pipe, as
-with container engines, and cat(1) brings the bytes over.  Pipes, sockets and terminals are passed.
+with container engines, and cat(1) brings the bytes over.  Pipes, terminals and connected sockets
+are passed; a socket that can talk to others than its peer is judged by no guard (it is the host's),
+and refused.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ PATIENCE = 30.0  # seconds for the last bytes to reach a slow disk
 def lent() -> Iterator[tuple[int, int, int]]:
     """Descriptors for the agent's 0, 1 and 2, until the container is gone.
 
-    Two streams into one file stay in one order: they share a pipe.  Raises UsageError for a disk.
+    Two streams into one file stay in one order: they share a pipe.  Raises UsageError for a disk,
+    and for a socket that leads on.
     """
     facts = [_facts(number) for number in range(3)]
     files = [number for number in range(3) if stat.S_ISREG(facts[number].st_mode)]
@@ -58,15 +61,41 @@ def lent() -> Iterator[tuple[int, int, int]]:
 
 
 def _facts(number: int) -> os.stat_result:
-    """Raises UsageError for a disk. (With a folder, which would lead to everything, Python itself
-    does not start: Python/pylifecycle.c, init_sys_streams.)"""
+    """Raises UsageError for a disk, or a socket that leads on. (With a folder, which would lead to
+    everything, Python itself does not start: Python/pylifecycle.c, init_sys_streams.)"""
     facts = os.fstat(number)
     if stat.S_ISBLK(facts.st_mode):
         raise UsageError(
             f"{NAMES[number]} is a disk: the agent could read and write all of it",
             hint="redirect it from or to a file, a pipe or /dev/null",
         )
+    if stat.S_ISSOCK(facts.st_mode) and leads_on(number):
+        raise UsageError(
+            f"{NAMES[number]} is a socket of the host, and not just a connection: the agent could "
+            "talk to anybody by it",
+            hint="redirect it from or to a pipe, a connected stream or /dev/null",
+        )
     return facts
+
+
+def leads_on(fd: int) -> bool:
+    """Whether who has this socket can reach others than its peer: it listens, is not connected, or
+    is one of datagrams, which may each go elsewhere (but UNIX ones, as pairs are)."""
+    import socket  # late: most streams are none
+
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return True
+        inet = (socket.AF_INET, socket.AF_INET6)
+        if sock.family != socket.AF_UNIX and not (
+            sock.family in inet and sock.type == socket.SOCK_STREAM
+        ):
+            return True
+        try:
+            sock.getpeername()
+        except OSError:
+            return True
+        return False
 
 
 def _wait(pid: int, *, kill: bool) -> None:

@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +135,10 @@ def facts() -> dict[str, Any]:
     names = {t["name"] for t in types if t["kind"] == "FUNC"}
     hooks = {name.removeprefix("bpf_lsm_") for name in names if name.startswith("bpf_lsm_")}
     sys.path.insert(0, str(ROOT))
-    from mis_run.guards import lsm_plane
+    from scripts import verifier
 
-    plane = lsm_plane.ensure()
-    plane.close()
-    return {"hooks": sorted(hooks - NOT_HOOKS), "verified": verified(plane.folder)}
-
-
-def verified(folder: Path) -> dict[str, int]:
-    """Hook → instructions that the verifier walked for our program there."""
-    from mis_run.linux import bpf_pins
-
-    links = sorted((folder / "links").iterdir())
-    return {link.name.removeprefix("mis_"): bpf_pins.verified(link) for link in links}
+    verified, warnings = verifier.examine()
+    return {"hooks": sorted(hooks - NOT_HOOKS), "verified": verified, "warnings": warnings}
 
 
 def document(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -161,14 +152,10 @@ def document(found: Mapping[str, Mapping[str, Any]]) -> str:
         text = words(hook) or f"guarded: {AREAS[ours[hook]]}"
         classes[text.split()[0].rstrip(":")] += 1
         where = ["yes" if hook in found[line]["hooks"] else "–" for line in lines]
-        insns = [_insns(found[line]["verified"], hook) for line in lines]
-        rows.append(f"| {hook} | {' | '.join(where)} | {text} | {' | '.join(insns)} |")
+        work = [_cell(found[line]["verified"], hook) for line in lines]
+        rows.append(f"| {hook} | {' | '.join(where)} | {text} | {' | '.join(work)} |")
     heads = " | ".join([*lines, "what we do", *(f"verified, {line}" for line in lines)])
-    total = " and ".join(
-        f"{sum(found[line]['verified'].values()):,} on {line} "
-        f"(most: {max(found[line]['verified'].values()):,})"
-        for line in lines
-    )
+    total = " and ".join(_total(line, found[line]["verified"].values()) for line in lines)
     words_ = textwrap.fill(
         f"{len(every)} hooks: {classes['guarded']} guarded, {classes['covered']} covered by "
         f"another mechanism, {classes['not']} not relevant. None is unexplained.",
@@ -176,28 +163,40 @@ def document(found: Mapping[str, Mapping[str, Any]]) -> str:
     )
     verifier = textwrap.fill(
         '"Verified" is how many instructions the verifier walked to accept the program, its '
-        f"measure of complexity: {total}. The limit for one program is 1,000,000. A test "
-        "allows a quarter more than what is written here.",
+        f"measure of complexity, and how many states it kept: {total}. The limit for one program "
+        "is 1,000,000 instructions. A test allows a quarter more than what is written here, and "
+        "no warning of libbpf or the kernel.",
         100,
     )
     table = [f"| hook | {heads} |", f"|{'---|' * (2 * len(lines) + 2)}", *rows]
     return "\n".join([TITLE, words_, "", verifier, "", *table, ""])
 
 
-def _insns(verified_: Mapping[str, int], hook: str) -> str:
-    count = verified_.get(hook)
-    return f"{count:,}" if count else ""
+def _cell(verified: Mapping[str, Sequence[int]], hook: str) -> str:
+    return " / ".join(f"{count:,}" for count in verified.get(hook, ()))
 
 
-def recorded(text: str, line: str) -> dict[str, int]:
-    """Hook → verified instructions on kernel ``line``, as the document says."""
+def _total(line: str, work: Iterable[Sequence[int]]) -> str:
+    instructions, states = zip(*work, strict=True)
+    return (
+        f"{sum(instructions):,} and {sum(states):,} on {line} "
+        f"(most: {max(instructions):,} and {max(states):,})"
+    )
+
+
+def recorded(text: str, line: str) -> dict[str, list[int]]:
+    """Hook → verified instructions and states on kernel ``line``, as the document says."""
     rows = [
         [cell.strip() for cell in row.split("|")[1:-1]]
         for row in text.splitlines()
         if row[:2] == "| "
     ]
     column = rows[0].index(f"verified, {line}")
-    return {row[0]: int(row[column].replace(",", "")) for row in rows[1:] if row[column] and row[0]}
+    return {
+        row[0]: [int(word.replace(",", "")) for word in row[column].split("/")]
+        for row in rows[1:]
+        if row[column] and row[0]
+    }
 
 
 def main() -> int:

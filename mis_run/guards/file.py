@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from mis_run import taint
 from mis_run.defcon import ENFORCING, Stance
 from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event, Guarantee, Verdict
 from mis_run.file_rules import Effect, Rule
 from mis_run.guards.file_judge import Judge
-from mis_run.guards.file_policy import Identity, Policy
+from mis_run.guards.file_objects import Identity
+from mis_run.guards.file_policy import Policy
 from mis_run.guards.marks import Marks
 from mis_run.late import Late, late
 from mis_run.later import Later
@@ -39,6 +41,13 @@ Probe = Callable[[str], int]
 DELETED = " (deleted)"
 NO_CHILD = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ECANCELED})
 """What the init meets when the agent has used up its limits: it could not even try."""
+
+
+def tried() -> tuple[str, str]:
+    """The canary, and a file on a mount of its own: what a guard proves itself by."""
+    from mis_run.bundle import INFO
+
+    return f"{INFO}/canary", "/etc/hosts"
 
 
 def supported() -> dict[str, Finding]:
@@ -85,6 +94,7 @@ class FileGuard:
         self._verifying = False  # there is no agent yet: whatever is opened is opened for us
         self._beating = False  # the canary, if it is opened now, is opened for us
         self._waiting: deque[Opened] = deque()
+        self._held: Opened | None = None  # allowed, when what it marks the agent with is in force
         self._more = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._says_more = False
         self._epoll = select.epoll()
@@ -97,6 +107,8 @@ class FileGuard:
 
     def close(self) -> None:
         """Deny what waits here; copies of the group keep everything later waiting."""
+        if self._held is not None:
+            self._waiting.append(self._held)
         while self._waiting:
             self._finish(self._waiting.popleft(), allow=False)
         self._epoll.close()
@@ -105,11 +117,15 @@ class FileGuard:
     def read(self) -> list[Event]:
         """Answer what waits and what is due; never blocks longer than `late.LEAD`.
 
-        Ends with the first violation: what it does to the DEFCON level must be in force before the
-        next open is judged, and the caller counts.
+        Ends with the first event: what it does to the DEFCON level must be in force before the next
+        open is judged, and the caller counts.  An open that marks the agent is itself answered by
+        the next call only, when that is in force.
         """
         self._late.run()
         self._follow_defcon()
+        if self._held is not None:
+            self._finish(self._held, allow=True)
+            self._held = None
         events: list[Event] = []
         if not self._waiting:
             self._receive(events)
@@ -117,7 +133,7 @@ class FileGuard:
             opened = self._waiting.popleft()
             if (event := self._handle(opened)) is not None:
                 events.append(event)
-        if bool(self._waiting) != self._says_more:
+        if bool(self._waiting or self._held) != self._says_more:
             self._says_more = not self._says_more
             if self._says_more:
                 os.eventfd_write(self._more, 1)
@@ -133,11 +149,10 @@ class FileGuard:
     def verify(self, probe: Probe) -> None:
         """Have the shim open and execute the canary, and files of other mounts, and see each
         denied and counted. Raises VerifyError.  ``probe`` must turn the loop that calls `read`."""
-        from mis_run.bundle import INFO
-
+        canary, other = tried()
         self._verifying = True
         try:
-            for act in (f"open 0 {INFO}/canary", f"exec {INFO}/canary", "open 0 /etc/hosts"):
+            for act in (f"open 0 {canary}", f"exec {canary}", f"open 0 {other}"):
                 self._try(probe, act)
         finally:
             self._verifying = False
@@ -145,12 +160,10 @@ class FileGuard:
     def beat(self, probe: Probe) -> None:
         """The canary opened by the container's init, seen here, as heartbeat; and every mount
         still marked. Raises VerifyError."""
-        from mis_run.bundle import INFO
-
         self._marks.update()
         self._beating = True
         try:
-            self._try(probe, f"open 0 {INFO}/canary", inconclusive=NO_CHILD)
+            self._try(probe, f"open 0 {tried()[0]}", inconclusive=NO_CHILD)
         finally:
             self._beating = False
 
@@ -194,10 +207,14 @@ class FileGuard:
             return None
         path = _path(opened.fd, facts)
         rule = self._judge.judge(opened, path, facts)
+        if rule is None and (mark := self._mark(opened, path, facts)):
+            self._held = opened  # not remembered by the kernel: it would not ask again
+            return self._event(opened, path, mark, Verdict.ALLOW)
         if rule is None:
             self._allow(opened, path, facts)
             return None
-        event = self._event(opened, path, rule)
+        verdict = Verdict.KILL if rule.effect is Effect.KILL else Verdict.DENY
+        event = self._event(opened, path, rule, verdict if self._stance.enforce else Verdict.AUDIT)
         if not self._stance.enforce:
             self._finish(opened, allow=True)
         elif delay := self._stance.delay():
@@ -205,6 +222,10 @@ class FileGuard:
         else:
             self._finish(opened, allow=False)
         return event
+
+    def _mark(self, opened: Opened, path: str, facts: os.stat_result) -> Rule | None:
+        """The rule that marks the agent now; it is marked once."""
+        return None if self._stance.marked() else self._judge.taint(opened, path, facts)
 
     # ---- answering ------------------------------------------------------------------------
 
@@ -236,15 +257,15 @@ class FileGuard:
             self._judge.effects = effects
             fanotify.forget(self.group)
 
-    def _event(self, opened: Opened, path: str, rule: Rule) -> Event:
+    def _event(self, opened: Opened, path: str, rule: Rule, verdict: Verdict) -> Event:
         process, comm = tasks.who(opened.thread)
         subject: dict[str, object] = {"path": path}
         if process != opened.thread:
             subject["thread"] = opened.thread
-        verdict = Verdict.KILL if rule.effect is Effect.KILL else Verdict.DENY
+        kind = "exec.run" if opened.executes else "file.open"
         return Event(
-            kind="exec.run" if opened.executes else "file.open",
-            verdict=verdict if self._stance.enforce else Verdict.AUDIT,
+            kind=taint.KIND if verdict is Verdict.ALLOW else kind,
+            verdict=verdict,
             guard=Guarantee.EXEC if opened.executes else Guarantee.FILE,
             pid=process,
             comm=comm,

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 
 from mis_run.defcon import CALM
 from mis_run.file_rules import Effect, Rule
-from mis_run.guards.file_policy import Identity, Outlaw, Policy, digest
+from mis_run.guards.file_objects import Identity, Outlaw
+from mis_run.guards.file_policy import Policy, digest
 from mis_run.linux import elf, statx
 from mis_run.linux.fanotify import Opened
 
@@ -30,6 +31,7 @@ class Judge:
         self.effects = CALM
         self._policy = policy
         self._canary = canary
+        self._taints = bool(policy.taints.patterns())
         self._executed: set[Identity] = set()
         self._refused: dict[Identity, Outlaw] = {}  # what came after the start, refused by its name
 
@@ -56,6 +58,13 @@ class Judge:
         if self.effects.explicit and verdict.rule is not None and not verdict.rule.explicit:
             return UNNAMED
         return self._loaded(opened, path, facts)
+
+    def taint(self, opened: Opened, path: str, facts: os.stat_result) -> Rule | None:
+        """The rule by which opening it marks the agent, whatever it is called by now."""
+        if not self._taints:
+            return None
+        known = _outlawed(self._policy.tainted, (facts.st_dev, facts.st_ino), opened.fd)
+        return known or self._policy.taints.judge(path).rule
 
     def _program(self, opened: Opened, path: str, facts: os.stat_result) -> Rule | None:
         policy, identity = self._policy, (facts.st_dev, facts.st_ino)

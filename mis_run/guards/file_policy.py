@@ -16,28 +16,15 @@ from pathlib import Path
 from mis_run import masks, profiles, rootfs
 from mis_run.bundle import INFO, SHIM
 from mis_run.dataclass import dataclass, field, replace
-from mis_run.file_rules import Effect, Rule, Rules, compile_rules, expand, floats
-from mis_run.linux import statx
+from mis_run.file_rules import WILD, Effect, Rule, Rules, compile_rules, expand, floats
+from mis_run.guards import file_objects
+from mis_run.guards.file_objects import Identity, Outlaw
 from mis_run.model import Plan
 from mis_run.rootfs import Root
 
+ANY = "\x01"  # a name that no pattern means: what holds for a folder's content as such
 LOADERS = ("/lib*/ld-*.so*", "/lib*/*/ld-*.so*", "/usr/lib*/ld-*.so*", "/usr/lib*/*/ld-*.so*")
 """The dynamic loader: the kernel opens it for every program, as if it were executed itself."""
-MOST_WALKED = 1_000_000  # files looked at for floating denials; a workspace of more is refused
-Identity = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Outlaw:
-    """A denied object. ``birth`` as in `statx.birth`: who deletes it frees its number, and the next
-    file to get that is another one."""
-
-    rule: Rule
-    birth: int | None
-
-    def is_at(self, fd: int) -> bool:
-        """Whether what is open at ``fd``, with the same device and number, is this very object."""
-        return self.birth is None or statx.birth(fd) in (None, self.birth)
 
 
 @dataclass(frozen=True)
@@ -46,6 +33,7 @@ class Policy:
 
     ``objects`` are denied whatever they are called, ``programs`` may not be executed; ``sizes``
     leads to denied programs by content.  ``places`` says which folders' content is the agent's.
+    ``taints`` names what marks who opens it, and ``tainted`` is what of that exists.
     """
 
     opens: Rules
@@ -54,6 +42,8 @@ class Policy:
     programs: Mapping[Identity, Outlaw] = field(default_factory=dict)
     sizes: Mapping[int, list[tuple[Path, Rule]]] = field(default_factory=dict)
     places: Mapping[str, bool] = field(default_factory=dict)
+    taints: Rules = field(default_factory=Rules)
+    tainted: Mapping[Identity, Outlaw] = field(default_factory=dict)
 
     def is_writable(self, path: str) -> bool:
         """Whether the agent itself may have made what is at ``path``."""
@@ -111,6 +101,7 @@ def build(plan: Plan, root: Root) -> Policy:
         *maker.given([*LOADERS, SHIM], "builtin"),
         *kept_out,
     ]
+    taints, tainted = maker.tainted(files.taint, whole=plan.image is not None)
     outlaws = {path: rule for rule in kept_out if "*" not in (path := rule.pattern)}
     facts = {path: info for path in outlaws if (info := maker.stat(path))}
     sizes: dict[int, list[tuple[Path, Rule]]] = {}
@@ -121,11 +112,15 @@ def build(plan: Plan, root: Root) -> Policy:
         execs=compile_rules(execs),
         objects=dict(maker.objects(denied, opens)),
         programs={
-            (info.st_dev, info.st_ino): Outlaw(outlaws[path], _birth(str(maker.on_host(path))))
+            (info.st_dev, info.st_ino): Outlaw(
+                outlaws[path], file_objects.birth(str(maker.on_host(path)))
+            )
             for path, info in facts.items()
         },
         sizes=sizes,
         places=places,
+        taints=taints,
+        tainted=tainted,
     )
 
 
@@ -195,13 +190,57 @@ class _Maker:
         denied = list(denied)
         if any(floats(rule.pattern) or masks.normal(rule.pattern) is None for rule in denied):
             for target, source in self._binds.items():
-                yield from _denied_below(source, target, opens)
+                yield from file_objects.below(source, target, opens)
             return
         patterns = [rule.pattern for rule in denied]
         for target, source in self._binds.items():
             if os.path.isdir(source):  # noqa: PTH112 - asked at every launch
                 for path in masks.inside(source, target, patterns):
-                    yield from _denied_below(str(self.on_host(path)), path, opens)
+                    yield from file_objects.below(str(self.on_host(path)), path, opens)
+
+    def tainted(
+        self, written: Iterable[str], *, whole: bool
+    ) -> tuple[Rules, dict[Identity, Outlaw]]:
+        """The rules of what taints, and the files that exist under them: in what is shared and,
+        since nothing hides them, in the root. ``whole``: all of that is looked at for floating
+        patterns, not only where others say."""
+        if not (made := self.rules(written, Effect.TAINT)):
+            return Rules(), {}
+        # What links lead to is tainted under its own name too.
+        found = {path: rule for rule in made for path in self._places(rule.pattern)}
+        led = (Rule(path, Effect.TAINT, rule.text) for path, rule in found.items())
+        taints = compile_rules([*made, *led])
+        anywhere = any(masks.normal(rule.pattern) is None for rule in made)
+        tops = {
+            target
+            for target in self._binds
+            if anywhere or taints.judge(target).rule or taints.judge(f"{target}/{ANY}").rule
+        }
+        tops |= {""} if whole and anywhere else set()
+        tops |= {path for path in found if self._bind(path) not in tops}
+        objects: dict[Identity, Outlaw] = {}
+        for top in tops:
+            births = bool(self._bind(top))
+            objects |= file_objects.below(str(self.on_host(top)), top, taints, births=births)
+        return taints, objects
+
+    def _places(self, pattern: str) -> set[str]:
+        """What exists of an anchored pattern in the root and in binds, links followed there; of one
+        without wildcards also where the agent comes to by links from one to another."""
+        if not pattern.startswith("/") or (path := masks.normal(pattern)) is None:
+            return set()
+        found = {path for path in self.on_disk([pattern]) if not self._bind(path)}
+        for target, source in self._binds.items():
+            if os.path.isdir(source):  # noqa: PTH112 - asked at every launch
+                found |= masks.inside(source, target, [pattern]).keys()
+        if not WILD.search(path):
+            with suppress(OSError):  # a circle
+                found.add(masks.resolve("", path, where=lambda one: str(self.on_host(one))))
+        return {path for path in found - {"/"} if os.path.lexists(self.on_host(path))}
+
+    def _bind(self, path: str) -> str:
+        """Where the bind that a path lies in is shown; empty for the root's own."""
+        return next((place for place in self._binds if masks.within(path, place)), "")
 
     def _program(self, pattern: str, effect: Effect) -> list[str]:
         """Paths that a program's pattern means beside itself."""
@@ -238,46 +277,15 @@ class _Maker:
         return f"{self._resolve(pattern[:-3])}/**" if pattern.endswith("/**") else pattern
 
 
-def _denied_below(source: str, target: str, opens: Rules) -> Iterator[tuple[Identity, Outlaw]]:
-    """Every file at or below ``source``, which the agent sees as ``target``, that a rule denies."""
-    from mis_run.errors import SetupError
-
-    left = MOST_WALKED
-    for path in _files(source):
-        left -= 1
-        if left < 0:
-            raise SetupError(
-                f"{source} has more than {MOST_WALKED} files to look at for what is denied",
-                hint="name the denied places from the root, without wildcards: $WORKSPACE/NAME",
-            )
-        rule = opens.judge(f"{target}{path[len(source) :]}").rule
-        if rule is not None and rule.effect is not Effect.ALLOW:
-            try:
-                info = os.lstat(path)
-            except FileNotFoundError:  # gone since
-                continue
-            yield (info.st_dev, info.st_ino), Outlaw(rule, _birth(path))
-
-
 def with_image(policy: Policy, image: str) -> Policy:
-    """The policy with what denials at any depth (``**/*.key``) name in an image's root, which the
-    agent may rename and link as it may in a workspace. Raises SetupError for a very large one."""
-    if not any(rule.effect is not Effect.ALLOW for _, rule in policy.opens.floating):
-        return policy
-    found = dict(_denied_below(image.rstrip("/"), "", policy.opens))
-    return replace(policy, objects={**found, **policy.objects})
-
-
-def _birth(path: str) -> int | None:
-    """None, which is never taken for another object, where it cannot be told."""
-    with suppress(OSError):
-        return statx.birth(path)
-    return None
-
-
-def _files(path: str) -> Iterator[str]:
-    if not os.path.isdir(path):  # noqa: PTH112 - as cheap as it can be
-        yield path
-    for folder, _, names in os.walk(path):
-        for name in names:
-            yield f"{folder}/{name}"
+    """The policy with what denials and taints at any depth (``**/*.key``) name in an image's root,
+    which the agent may rename and link as it may in a workspace. Raises SetupError for a very large
+    one."""
+    top, taints = image.rstrip("/"), policy.taints
+    if any(rule.effect is not Effect.ALLOW for _, rule in policy.opens.floating):
+        found = dict(file_objects.below(top, "", policy.opens))
+        policy = replace(policy, objects={**found, **policy.objects})
+    if any(masks.normal(pattern) is None for pattern in taints.patterns()):
+        found = dict(file_objects.below(top, "", taints, births=False))
+        policy = replace(policy, tainted={**found, **policy.tainted})
+    return policy

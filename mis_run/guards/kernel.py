@@ -18,7 +18,7 @@ from mis_run.bundle import ROOT_CAPABILITIES
 from mis_run.dataclass import dataclass, replace
 from mis_run.errors import SetupError
 from mis_run.events import Event
-from mis_run.guards import lsm, lsm_lines, lsm_plane, lsm_policy
+from mis_run.guards import file, lsm, lsm_lines, lsm_plane, lsm_policy
 from mis_run.guards.file_policy import Policy
 from mis_run.guards.lsm_abi import EVENT, LAYOUT, Right, RuleFlag
 from mis_run.guards.lsm_policy import Compiled, Entry, Place
@@ -50,7 +50,9 @@ class Reserved:
         """From here on the agent in the container of init ``pid`` is judged. Raises SetupError."""
         _check_numbers(pid)
         shared = [str(plan.cwd), *(str(bind.target) for bind in plan.binds)]
-        lines = lsm_lines.make(policy, f"/proc/{pid}/root", str(plan.cwd), shared)
+        # Where the file guard judges as well, what it proves itself by must reach it.
+        left = file.tried() if plan.uses("fanotify") else ()
+        lines = lsm_lines.make(policy, f"/proc/{pid}/root", str(plan.cwd), shared, left)
         root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             rules = lsm_policy.compile(lines, root, lsm_policy.devices(pid), lsm_policy.points(pid))

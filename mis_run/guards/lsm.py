@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from mis_run.dataclass import dataclass, field, replace
+from mis_run.dataclass import replace
 from mis_run.defcon import NORMAL, SPIN
 from mis_run.errors import SetupError, VerifyError
 from mis_run.events import Event
 from mis_run.guards import lsm_abi, lsm_plane
 from mis_run.guards.file import NO_CHILD
 from mis_run.guards.lsm_abi import AGENT, OWN, PLACE, RULE, STATE, own_words
+from mis_run.guards.lsm_counts import Counts, Lost, counts
 from mis_run.guards.lsm_plane import supported
 from mis_run.guards.lsm_policy import Compiled
 from mis_run.guards.lsm_settings import LsmPolicy, Settings
@@ -35,21 +36,6 @@ __all__ = ["Compiled", "Counts", "Defcon", "LsmGuard", "LsmPolicy", "attach", "s
 DEEPEST = 32  # scope.bpf.h
 RING = 256 * 1024
 BATCH = 128  # events per read: a storm must not keep the loop from its other work
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What the kernel counted; ``count`` is the decaying sum that the level follows from, ``asked``
-    the acts on files that what ``walks`` remembered did not allow."""
-
-    count: int
-    denied: int
-    audited: int
-    killed: int
-    events_lost: int
-    canaries: int = 0
-    asked: int = field(default=0, compare=False)
-    walks: int = field(default=0, compare=False)
 
 
 class LsmGuard:
@@ -66,6 +52,7 @@ class LsmGuard:
         self._key = struct.pack("=Q", self.id)
         self._slot = -1  # none yet
         self._placed: set[bytes] = set()  # where our rules are
+        self._lost = Lost()
         self._proving = bool(policy.canary)  # until `arm` there is no agent, only guards that try
         depth = _depth(cgroup)
         if depth > DEEPEST:
@@ -88,7 +75,7 @@ class LsmGuard:
 
     def recount(self, count: int) -> None:
         """An operator's word on how many violations count, whatever was counted."""
-        _, _, _, *rest = self._state()
+        _, _, _, *rest = STATE.unpack(self._state())
         self._put_state(STATE.pack(0, count, time.monotonic_ns(), *rest))
 
     def arm(self, deadline: float) -> None:
@@ -105,13 +92,13 @@ class LsmGuard:
 
     def counts(self) -> Counts:
         """What the kernel counted so far."""
-        _, count, _, *rest, _, _ = self._state()
-        return Counts(count, *rest)
+        return counts(self._state())
 
     def level(self) -> int:
         """DEFCON as the kernel has it from its own count (level_of in verdict.bpf.h)."""
         settings = self._policy.defcon
-        _, count, last, *_ = self._state()
+        fields: tuple[int, ...] = STATE.unpack(self._state())
+        _, count, last, *_ = fields
         if count < settings.thresholds[3]:
             count >>= int((time.monotonic_ns() - last) / (settings.decay * 1e9))
         return NORMAL - sum(count >= threshold for threshold in settings.thresholds)
@@ -194,9 +181,9 @@ class LsmGuard:
     def _reset(self) -> None:
         self._put_state(bytes(STATE.size))
 
-    def _state(self) -> tuple[int, ...]:
+    def _state(self) -> bytes:
         raw = self._plane.states.lookup(struct.pack("=I", self._slot), STATE.size)
-        return STATE.unpack(raw or bytes(STATE.size))
+        return raw or bytes(STATE.size)
 
     def _put_state(self, value: bytes) -> None:
         self._plane.states.update(struct.pack("=I", self._slot), value, libbpf.BPF_F_LOCK)
@@ -213,7 +200,9 @@ class LsmGuard:
         if self._proving:
             return []
         texts = self._policy.rules.texts
-        return [lsm_abi.event(sample, texts) for sample in samples]
+        events = [lsm_abi.event(sample, texts) for sample in samples]
+        # Only behind events, which filled the ring.
+        return events + self._lost.events(self.counts().lost) if events else []
 
     # ---- proof ----------------------------------------------------------------------------
 
@@ -266,9 +255,14 @@ class LsmGuard:
             raise VerifyError(f"kernel plane: the canary met {abi.error(met)}, not EPERM")
 
     def _tried(self, probe: Callable[[str], int]) -> int:
+        self._settings.trying = True
         self.renew()
         before = self.counts().canaries
-        met = probe(f"open 0 {self._policy.canary}")
+        try:
+            met = probe(f"open 0 {self._policy.canary}")
+        finally:
+            self._settings.trying = False
+            self.renew()
         if met not in NO_CHILD and self.counts().canaries == before:
             raise VerifyError(
                 f"kernel plane: the canary inside the container was not refused by it "

@@ -17,7 +17,8 @@ PLACE = struct.Struct("=QQII")
 RULE = struct.Struct("=HHII")
 OWN = 16  # words of mis_agent.own, its last
 AGENT = struct.Struct(f"=QQQQQII4I6BH4I{OWN}Q")
-STATE = struct.Struct("=IIQQQQQQQQQQ")
+MOST_ACTS = 64
+STATE = struct.Struct(f"=II9Q{MOST_ACTS}I")
 SLOTS = 4096
 PLANE = struct.Struct("=QQ")
 EVENT = struct.Struct("=QQQIIIIIIIHBB16s512s")
@@ -39,7 +40,8 @@ class Right(IntFlag):
 class RuleFlag(IntFlag):
     """WORKSPACE: writing is no risk at a raised level. EXPLICIT: named in the profile itself, not
     by a set or a pattern. ANCHOR: a denial hangs on it or below, so it is not moved or removed.
-    CANARY: what we try ourselves, no violation. FATAL: its denial is DEFCON 1."""
+    CANARY: what we try ourselves, no violation while we do (`AgentFlag.TRYING`). FATAL: its denial
+    is DEFCON 1."""
 
     WORKSPACE = 1
     EXPLICIT = 2
@@ -50,12 +52,14 @@ class RuleFlag(IntFlag):
 
 class AgentFlag(IntFlag):
     """ENFORCE: deny, not only tell. LOSS_OPEN: past the deadline audit. NO_WX: no memory writable
-    and executable, at any level. NO_CACHE: every act is judged by a walk."""
+    and executable, at any level. NO_CACHE: every act is judged by a walk. TRYING: the canary is
+    tried by us now."""
 
     ENFORCE = 1
     LOSS_OPEN = 2
     NO_WX = 4
     NO_CACHE = 8
+    TRYING = 16
 
 
 # Rule numbers with a meaning of their own.
@@ -123,6 +127,18 @@ def capability_mask(names: Sequence[str]) -> int:
     return sum(1 << CAPABILITIES.index(name.lower().removeprefix("cap_")) for name in names)
 
 
+def kind_of(what: int) -> tuple[str, Guarantee]:
+    """An act as events call it, and the guarantee that it is about."""
+    act = ACTS[what]
+    if what < EXEC:
+        return f"file.{act}", Guarantee.FILE
+    if what == EXEC:
+        return "exec.run", Guarantee.EXEC
+    if act in NET_ACTS:
+        return f"net.{act}", Guarantee.NET
+    return f"escape.{act}", Guarantee.ESCAPE
+
+
 def event(sample: bytes, texts: Sequence[str]) -> Event:
     """One event of the ring buffer; ``texts`` are the profile lines by number, 1 the first."""
     if len(sample) != EVENT.size:
@@ -146,14 +162,7 @@ def event(sample: bytes, texts: Sequence[str]) -> Event:
         subject[DETAILS[act]] = CAPABILITIES[detail] if known else detail
     if level < 5:
         subject["level"] = level
-    if what < EXEC:
-        kind, guard = f"file.{act}", Guarantee.FILE
-    elif what == EXEC:
-        kind, guard = "exec.run", Guarantee.EXEC
-    elif act in NET_ACTS:
-        kind, guard = f"net.{act}", Guarantee.NET
-    else:
-        kind, guard = f"escape.{act}", Guarantee.ESCAPE
+    kind, guard = kind_of(what)
     del agent, uid
     return Event(
         kind=kind,

@@ -13,25 +13,31 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from mis_run import masks
 from mis_run.bundle import INFO
 from mis_run.file_rules import Effect, Rule, Rules, Verdict, floats
-from mis_run.guards.file_policy import Policy
+from mis_run.guards.file_policy import ANY, Policy
 from mis_run.guards.lsm_abi import Right, RuleFlag
 from mis_run.guards.lsm_policy import NOTHING, PLAIN, Line
 
 CANARY = f"{INFO}/kernel-canary"
 DATA = Right.ALL & ~Right.EXEC
-NOBODY = "\x01"  # a name that no pattern means: what holds for a folder's content as such
 NO_STORE = ("/dev", "/proc")  # writing there stores nothing, so no level takes it away
+UNJUDGED = ("/dev", "/proc", "/sys")
+"""The file guard does not judge opens there (`marks.judged`), so neither plane needs a rule that
+allows them; masks, mount options and what a denial names are in force as everywhere."""
+SHARED_MEMORY = "/dev/shm"  # an ordinary file system of its own
 
 
-def make(policy: Policy, root: str, workspace: str, shared: Sequence[str]) -> list[Line]:
+def make(
+    policy: Policy, root: str, workspace: str, shared: Sequence[str], left: Collection[str] = ()
+) -> list[Line]:
     """The lines of a container whose tree is at ``root`` (``/proc/PID/root``).
 
-    ``shared`` are the folders of the host that it sees, in which denied files may lie anywhere.
+    ``shared`` are the folders of the host that it sees, in which denied files may lie anywhere;
+    ``left`` files that are left to the file guard, which proves itself by them.
     """
     opens, execs = policy.opens, policy.execs
     places = _named(root, opens) | _denied_below(root, shared, opens)
@@ -39,6 +45,11 @@ def make(policy: Policy, root: str, workspace: str, shared: Sequence[str]) -> li
     lines = [
         # Folders may be listed, as on the host plane; the mounts hide names.
         Line("/", Right.LIST, NOTHING, "default", RuleFlag.EXPLICIT),
+        *(
+            Line(path, DATA, NOTHING, "default", RuleFlag.EXPLICIT | RuleFlag.WORKSPACE)
+            for path in UNJUDGED
+        ),
+        *_default(SHARED_MEMORY, _judge(opens, root, SHARED_MEMORY)),
         *(_opening(path, _judge(opens, root, path), workspace) for path in sorted(places)),
         *(
             _executing(path, _judge(opens, root, path), _judge(execs, root, path))
@@ -46,11 +57,16 @@ def make(policy: Policy, root: str, workspace: str, shared: Sequence[str]) -> li
         ),
         *_widened(opens, policy, DATA),
         *_widened(execs, policy, Right.EXEC | Right.READ),
-        # The file guard's own canary must reach it.
-        Line(f"{INFO}/canary", Right.ALL, NOTHING, "canary", RuleFlag.EXPLICIT),
         Line(CANARY, NOTHING, Right.ALL, "canary", RuleFlag.CANARY),
     ]
-    return [line for line in lines if line.allow or line.deny]
+    lines = [line for line in lines if line.path not in left and (line.allow or line.deny)]
+    return lines + [Line(path, Right.ALL, NOTHING, "default", RuleFlag.EXPLICIT) for path in left]
+
+
+def _default(path: str, verdict: Verdict) -> Iterator[Line]:
+    """Denied unless a rule says otherwise, in the middle of what is allowed."""
+    if verdict.rule is None:
+        yield Line(path, NOTHING, DATA & ~Right.LIST, "default")
 
 
 def _named(root: str, rules: Rules) -> set[str]:
@@ -95,7 +111,7 @@ def _judge(rules: Rules, root: str, path: str) -> Verdict:
         is_folder = stat.S_ISDIR(os.lstat(f"{root}{path}").st_mode)
     except OSError:  # nothing there: `lsm_policy.compile` tells
         is_folder = False
-    return rules.judge(f"{path.rstrip('/')}/{NOBODY}" if is_folder else path)
+    return rules.judge(f"{path.rstrip('/')}/{ANY}" if is_folder else path)
 
 
 def _opening(path: str, verdict: Verdict, workspace: str) -> Line:
@@ -125,6 +141,6 @@ def _executing(path: str, opening: Verdict, verdict: Verdict) -> Line:
 def _widened(rules: Rules, policy: Policy, rights: Right) -> Iterator[Line]:
     """Folders in which a file that does not exist yet may come to match an allowing pattern."""
     for folder, rule in _wild(rules):
-        writable = policy.is_writable(f"{folder.rstrip('/')}/{NOBODY}")
+        writable = policy.is_writable(f"{folder.rstrip('/')}/{ANY}")
         if rule.effect is Effect.ALLOW and (writable or _anywhere(rule)):
             yield Line(folder, rights, NOTHING, rule.text)

@@ -145,7 +145,11 @@ def compile(lines: Sequence[Line], root: int, device: Device, mounts: Iterable[s
 
 
 def effective(chain: Iterable[Entry]) -> Entry:
-    """What holds at the first of a chain of inodes, nearest first: each right by the nearest."""
+    """What holds at the first of a chain of inodes, nearest first: each right by the nearest.
+
+    A right that none of them gives is denied in the name of the nearest, but for execution: a
+    library that no rule lets be executed may be mapped, one that a rule denies may not.
+    """
     allow, deny, number, flags = NOTHING, NOTHING, 0, PLAIN
     for entry in chain:
         open_ = Right.ALL & ~(allow | deny)
@@ -154,7 +158,8 @@ def effective(chain: Iterable[Entry]) -> Entry:
             flags = flags or entry.flags & ~RuleFlag.ANCHOR
         deny |= open_ & entry.deny
         allow |= open_ & entry.allow & ~entry.deny
-    return Entry(allow, Right.ALL & ~allow, number, flags)
+    not_given = Right.ALL & ~allow & ~Right.EXEC
+    return Entry(allow, not_given | deny & Right.EXEC, number, flags)
 
 
 def _merge(one: Entry, other: Entry) -> Entry:

@@ -44,6 +44,7 @@ class Settings:
     generation: int = 0
     level: int = defcon.NORMAL
     quiet: bool = False  # no effects of a level
+    trying: bool = False  # the canary, now
 
     def pack(self, policy: LsmPolicy) -> bytes:
         """struct mis_agent; the deadline counts from now."""
@@ -60,6 +61,8 @@ class Settings:
             flags |= AgentFlag.NO_WX
         if not policy.cache:
             flags |= AgentFlag.NO_CACHE
+        if self.trying:
+            flags |= AgentFlag.TRYING
         late = time.monotonic_ns() + int(self.deadline * 1e9) if self.deadline else 0
         return AGENT.pack(
             *(self.id, self.generation, late, int(policy.defcon.decay * 1e9)),

@@ -21,7 +21,6 @@ from mis_run.linux import libbpf, libc, mountinfo
 
 RINGBUF = 27  # enum bpf_map_type
 _KIND_FUNC = 12  # BTF_KIND_FUNC
-_PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD = 13, 15  # enum bpf_cmd
 _LSM, _LSM_MAC = 29, 27  # BPF_PROG_TYPE_LSM, BPF_LSM_MAC
 
 
@@ -97,21 +96,11 @@ def load_and_pin(path: Path, maps: Path, links: Path) -> dict[str, str]:
             stack.callback(base.close, handle)
             for one in _each(bpf.next_map, handle):
                 bpf.pin_at(one, bytes(maps / bpf.map_name(one).decode()))
-            programs = {
-                one: (bpf.program_name(one).decode(), bpf.section(one).decode())
-                for one in _each(bpf.next_program, handle)
-            }
-            wanted = [section.partition("/")[2] for _, section in programs.values()]
-            known = hooks(wanted)
-            for one, (_, section) in programs.items():
-                if not bpf.autoload(one):
-                    bpf.set_autoload(one, section.partition("/")[2] in known)
+            programs = choose(handle)
             base.load(handle)
             done = {}
-            for one, (name, section) in programs.items():
-                hook = section.partition("/")[2]
-                if hook not in known:
-                    continue  # not loaded: an optional one, or `load` would have failed
+            for one, hook in programs.items():
+                name = bpf.program_name(one).decode()
                 link = bpf.attach(one)
                 stack.callback(bpf.destroy_link, link)
                 bpf.pin_link(link, bytes(links / name))
@@ -120,6 +109,20 @@ def load_and_pin(path: Path, maps: Path, links: Path) -> dict[str, str]:
             words = f"{error.strerror}\n{''.join(said)[-1500:]}".rstrip()
             raise SetupError(f"cannot attach {path.name}: {words}", hint="mis doctor") from error
         return done
+
+
+def choose(handle: int) -> dict[int, str]:
+    """The programs of an opened object whose hook this kernel has, each with the hook; of the
+    others the optional ones will not be loaded, and for the rest loading will fail."""
+    bpf = _functions()
+    programs = {
+        one: bpf.section(one).decode().partition("/")[2] for one in _each(bpf.next_program, handle)
+    }
+    known = hooks(list(programs.values()))
+    for one, hook in programs.items():
+        if not bpf.autoload(one):
+            bpf.set_autoload(one, hook in known)
+    return {one: hook for one, hook in programs.items() if hook in known}
 
 
 def _each(following: Callable[..., int], handle: int) -> Iterator[int]:
@@ -205,22 +208,6 @@ class MappedArray(PinnedMap):
         for offset in reversed(range(self._words)):
             if self._view[at + offset] != words[offset]:
                 self._view[at + offset] = words[offset]
-
-
-def verified(link: Path) -> int:
-    """How many instructions the verifier walked for the program of a pinned link."""
-    with ExitStack() as stack:
-
-        def info(fd: int, size: int) -> bytes:
-            stack.callback(os.close, fd)
-            buffer = ctypes.create_string_buffer(size)
-            libc.bpf(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, size, ctypes.addressof(buffer)))
-            return buffer.raw
-
-        # struct bpf_link_info: type, id, prog_id. struct bpf_prog_info: verified_insns at 216.
-        program = struct.unpack_from("=I", info(_functions().get(bytes(link)), 12), 8)[0]
-        fd = libc.bpf(_PROG_GET_FD_BY_ID, struct.pack("=III", program, 0, 0))
-        return int(struct.unpack_from("=I", info(fd, 232), 216)[0])
 
 
 def make_ring(size: int) -> int:

@@ -28,7 +28,8 @@ from mis_run.events import Event, Verdict
 from mis_run.file_rules import Effect, Rule, compile_rules
 from mis_run.guards import file, marks
 from mis_run.guards.file_judge import Judge
-from mis_run.guards.file_policy import Outlaw, Policy
+from mis_run.guards.file_objects import Outlaw
+from mis_run.guards.file_policy import Policy
 from mis_run.linux import fanotify, libc, statx
 
 pytestmark = pytest.mark.root
@@ -271,6 +272,76 @@ def test_programs(child: Child) -> None:
     with guarding(child, only(""), stance=Stance(effects=lambda: raised)) as guard:
         met, (event,) = act(guard, child, "exec tool")
         assert met == errno.EPERM and event.rule.startswith("defcon")
+
+
+def tainting(child: Child, **more: Any) -> Policy:
+    rules = compile_rules([Rule(f"{child.box}/secret", Effect.TAINT, "taint secret")])
+    return policy(child.box, deny=(), taints=rules, **more)
+
+
+def test_an_open_that_marks_waits_until_its_caller_has_acted(child: Child) -> None:
+    """What reads the events puts in force what follows, and only its next call answers; an open
+    that marks nobody is answered at once, as is this one once the agent is marked."""
+    marked = [False]
+    with guarding(child, tainting(child), stance=Stance(marked=lambda: marked[0])) as guard:
+        for path, waits in (("more", False), ("secret", True)):
+            child.talk.settimeout(0.3)
+            child.talk.send(f"open {path}".encode())
+            assert select.select([guard.fileno()], [], [], 5)[0]
+            events = guard.read()
+            assert [event.kind for event in events] == ["file.tainted"] * waits
+            if waits:
+                with pytest.raises(TimeoutError):
+                    child.talk.recv(10)
+                assert events[0].rule == "taint secret" and not events[0].violation
+                assert select.select([guard.fileno()], [], [], 0)[0]  # it asks to be read again
+                assert guard.read() == []
+            assert child.talk.recv(10) == b"0"
+        marked[0] = True
+        assert act(guard, child, "open secret") == (0, [])
+
+
+def test_what_taints_is_asked_about_until_it_has(child: Child, asked: list[bool]) -> None:
+    """The kernel remembers no such object before the agent is marked; afterwards it does."""
+    for marked, times in ((False, 100), (True, 1)):
+        stance = Stance(marked=lambda marked=marked: marked)
+        with guarding(child, tainting(child), stance=stance) as guard:
+            _, events = act(guard, child, "spin secret")
+        assert len(asked) == times, marked
+        assert len(events) == (0 if marked else 100)
+        asked.clear()
+
+
+@pytest.mark.parametrize("way", ["link", "rename"])
+def test_what_taints_by_another_name(child: Child, way: str) -> None:
+    """A link or a rename is the same object where that is known; the control is not known."""
+    path = f"/proc/{child.pid}/root{child.box}/secret"
+    info, rule = os.stat(path), Rule("", Effect.TAINT, "taint secret")
+    known = {(info.st_dev, info.st_ino): Outlaw(rule, statx.birth(path))}
+    with guarding(child, tainting(child)) as guard:
+        assert act(guard, child, f"{way} other")[0] == 0
+        assert act(guard, child, "open other") == (0, [])
+    with guarding(child, tainting(child, tainted=known)) as guard:
+        met, (event,) = act(guard, child, "open other")
+        assert (met, event.rule) == (0, "taint secret")
+
+
+def test_a_denied_open_marks_nobody(child: Child) -> None:
+    """The verdict of the other rules stands, and who was refused has read nothing."""
+    made = policy(child.box, taints=tainting(child).taints)
+    with guarding(child, made) as guard:
+        met, (event,) = act(guard, child, "open secret")
+        assert (met, event.kind) == (errno.EPERM, "file.open")
+
+
+def test_who_waits_when_the_guard_ends_is_denied(child: Child) -> None:
+    """An open that would have marked the agent is not let go on by the end of the guard."""
+    with guarding(child, tainting(child)) as guard:
+        child.talk.send(b"open secret")
+        assert select.select([guard.fileno()], [], [], 5)[0]
+        assert len(guard.read()) == 1
+    child.talk.settimeout(5)
+    assert int(child.talk.recv(10)) == errno.EPERM
 
 
 @pytest.mark.parametrize("delay", [0.001, 0.01])

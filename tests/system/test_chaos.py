@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from harness import mis, run, start, wait_for
+from harness import PACE, mis, run, start, wait_for
 from leftovers import snapshot
 
 from mis_run import cgroup
@@ -23,16 +23,16 @@ from mis_run import cgroup
 pytestmark = pytest.mark.root
 
 ROUNDS = 10
-PROFILE = """
+PROFILE = f"""
 extends = "default"
 [files]
 deny = ["...", "**/.env"]
 [defcon]
 act = false
 [liveness]
-deadline = "1s"
-beat = "50ms"
-canary = "100ms"
+deadline = "{PACE}s"
+beat = "{PACE * 50}ms"
+canary = "{PACE * 100}ms"
 """
 READER = """
 import os, sys
@@ -156,12 +156,12 @@ def test_closed_never_lets_a_read_through(name: str, workspace: Path) -> None:
     for number in range(ROUNDS):
         agent = start("/usr/bin/python3", "reader.py", cwd=workspace, options=options)
         assert agent.stdout is not None
-        assert agent.stdout.readline() == "up\n", agent.communicate(timeout=10)[1]
+        assert agent.stdout.readline() == "up\n", agent.communicate(timeout=10 * PACE)[1]
         time.sleep(random.random() * 0.2 if number else 0)  # once before the first beat
         FAULTS[name](agent.pid)
-        agent.wait(20)
+        agent.wait(20 * PACE)
         wait_for(lambda: not in_cgroups(workspace), 10)
-        agent.communicate(timeout=20)
+        agent.communicate(timeout=20 * PACE)
         assert not (workspace / "leak").exists()
     assert mis("gc").returncode == 0
 
@@ -194,8 +194,8 @@ def test_the_whole_cgroup_of_the_supervisor(what: str, cell: Path, workspace: Pa
     (cell / f"cgroup.{what}").write_text("1")
     assert wait_for(lambda: snapshot() == before, 10)
     assert not (workspace / "leak").exists()
-    assert agent.wait(10) == -signal.SIGKILL
-    agent.communicate(timeout=10)
+    assert agent.wait(10 * PACE) == -signal.SIGKILL
+    agent.communicate(timeout=10 * PACE)
 
     if what == "freeze":
         agent = start("/usr/bin/python3", "reader.py", cwd=workspace, options=options)
@@ -207,8 +207,8 @@ def test_the_whole_cgroup_of_the_supervisor(what: str, cell: Path, workspace: Pa
         assert in_cgroups(workspace)
         (cell / "cgroup.freeze").write_text("0")
         (cell / "cgroup.kill").write_text("1")
-        agent.wait(10)
-        agent.communicate(timeout=10)
+        agent.wait(10 * PACE)
+        agent.communicate(timeout=10 * PACE)
         wait_for(lambda: not in_cgroups(workspace), 10)
         assert mis("gc").returncode == 0
         with suppress(AssertionError):  # the watchdog may have come to clean up before its end
@@ -254,10 +254,10 @@ def test_an_oom_kill_of_the_supervisor(workspace: Path) -> None:
         assert agent.stdout is not None and agent.stdout.readline() == "up\n"
         (group / "memory.limit_in_bytes").write_text("65536")
         (group / "cgroup.procs").write_text(str(agent.pid))
-        agent.wait(30)
+        agent.wait(30 * PACE)
         assert agent.returncode == -signal.SIGKILL
         wait_for(lambda: not in_cgroups(workspace), 10)
-        agent.communicate(timeout=20)
+        agent.communicate(timeout=20 * PACE)
         assert not (workspace / "leak").exists()
     finally:
         wait_for(lambda: not (group / "cgroup.procs").read_text(), 10)

@@ -35,6 +35,7 @@ PROFILES = {
         '[files]\ndeny = ["/etc/secret", "/work/*.key"]\nprotect = ["$WORKSPACE/.git/hooks"]\n'
         '[exec]\ndeny = ["/bin/forbidden"]'
     ),
+    "taint": f'[files]\ntaint = ["/etc/secret", "*.key"]\n[network]\nallow = ["{GATEWAY}:9/tcp"]',
     "patient": "[defcon]\nthresholds = [1000, 2000, 3000, 4000]",
     "audit": "[mode]\nenforce = false",
     "lasting": (
@@ -239,6 +240,23 @@ def test_file_guard_and_exec_gate(box: Engine, tmp_path: Path) -> None:
 
 
 # ---- exec ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["ln /etc/secret /tmp/x", "mv /work/a.key /work/x"])
+def test_who_has_read_what_taints_reaches_nobody_new(
+    engine: Engine, tmp_path: Path, way: str
+) -> None:
+    """In the image and in volumes, by another name too; who has read something else, the control,
+    still reaches what a rule allows."""
+    for read, wanted in ((way.split()[-1], EPERM), ("/etc/passwd", ECONNREFUSED)):
+        (tmp_path / "a.key").write_text("key")
+        script = f"act nnp; {way}; cat {read} >/dev/null; act connect {GATEWAY} 9"
+        options = ("-v", f"{tmp_path}:/work")
+        done = engine.run("sh", "-c", script, options=options, runtime="mis-taint")
+        assert [int(line) for line in done.stdout.split()] == [1, wanted], done.stderr
+        marks = [event["rule"] for event in events() if event["kind"] == "file.tainted"]
+        named = "/etc/secret" if way.startswith("ln") else "*.key"
+        assert marks == ([f"taint {named}"] if wanted == EPERM else [])
 
 
 def test_exec_is_guarded_from_its_first_instruction(box: Engine) -> None:

@@ -135,7 +135,9 @@ def test_the_same_attempts_without_the_guard() -> None:
         check=True,
     )
     met = json.loads(done.stdout)
-    assert all("0" in met[name] for name in MORE), met
+    if "22" in met["memfd_create"]:  # MFD_EXEC is of Linux 6.3
+        del met["memfd_create"]
+    assert all("0" in errors for errors in met.values()), met
     done = subprocess.run(
         ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False
     )

@@ -11,12 +11,11 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import run
+from harness import PACE, run
 
 pytestmark = pytest.mark.root
 
@@ -167,8 +166,8 @@ def test_every_way_to_a_denied_file_meets_the_same_verdict(workspace: Path, tmp_
     assert met.pop("allowed") == free.pop("allowed") == "open"
     assert {name: found for name, found in met.items() if found != "EPERM"} == {}
     assert {name: found for name, found in free.items() if found not in ("SECRET", "opened")} == {}
-    paths = Counter(event["subject"]["path"] for event in done.denied("file.open"))
-    assert sum(paths.values()) >= len(met)
+    # The kernel plane refuses to move or link what is denied, the host plane to open it then.
+    assert len(done.denied("file.")) >= len(met)
     assert {event["rule"] for event in done.denied("file.open")} == {
         "deny **/.env",
         "deny *.pem",
@@ -178,7 +177,7 @@ def test_every_way_to_a_denied_file_meets_the_same_verdict(workspace: Path, tmp_
 
 
 RACE = """
-stop = time.monotonic() + 20
+stop = time.monotonic() + SECONDS
 flips, seen = 0, {"SECRET": 0, "open": 0, "EPERM": 0, "other": 0}
 def flip():
     global flips
@@ -198,7 +197,7 @@ print(json.dumps({"flips": flips, **seen}))
 def test_symlink_races(workspace: Path) -> None:
     """A link that flips 5,000 times between an allowed and a denied file never leads to the
     denied one; without the guard it does."""
-    script = RACE.replace("ROUNDS", "5000")
+    script = RACE.replace("ROUNDS", "5000").replace("SECONDS", str(20 * PACE))
     denied = '[files]\ndeny = ["...", "**/.env"]\n'
     met, _ = attack(script, workspace, profile(workspace, "guarded", denied))
     (workspace / "race").unlink()
@@ -234,7 +233,8 @@ def at_fd(fd):
 def copied():
     shutil.copy(tool, "copy"); os.chmod("copy", 0o755); return argv("./copy")
 def hard_linked():
-    os.link(tool, "/var/tmp/linked"); return argv("/var/tmp/linked")
+    # Beside it: elsewhere may be another file system.
+    os.link(tool, tool + "-linked"); return argv(tool + "-linked")
 def soft_linked():
     os.symlink(tool, "soft"); return argv("./soft")
 def interpreter():
@@ -276,7 +276,9 @@ def test_every_way_to_a_denied_program_meets_the_same_verdict(workspace: Path) -
     for left in ("copy", "soft", "script"):
         (workspace / left).unlink(missing_ok=True)
     free, _ = attack(script, workspace, profile(workspace, "free", ""))
-    assert {name: found for name, found in met.items() if found != "EPERM"} == {}
+    # The kernel plane refuses the link itself, as one between two file systems.
+    refusals = ("EPERM", "EXDEV")
+    assert {name: found for name, found in met.items() if found not in refusals} == {}
     assert {name: found for name, found in free.items() if found != "ran"} == {}
     assert {event["rule"] for event in done.denied("exec.run")} == {"deny @lolbins"}
 
@@ -371,10 +373,11 @@ def test_the_more_specific_rule_decides(workspace: Path) -> None:
 
 
 def test_a_rule_marked_kill(workspace: Path) -> None:
-    """Opening a honey pot ends the agent at once, with DEFCON's exit code."""
+    """Opening a honey pot ends all of the agent at once, with DEFCON's exit code."""
     (workspace / "honey").write_text("pot")
     options = profile(workspace, "kill", '[files]\nkill = ["$WORKSPACE/honey"]\n')
-    done = run("sh", "-c", "cat honey; sleep 5; echo survived", cwd=workspace, options=options)
+    script = f"(sleep {5 * PACE}; echo survived) & sleep 1; cat honey; wait"
+    done = run("sh", "-c", script, cwd=workspace, options=options)
     assert done.code == 119 and done.out == ""
     assert done.denied()[0]["verdict"] == "kill"
 
@@ -500,9 +503,11 @@ def test_a_heartbeat_tries_the_guards_again_and_again(workspace: Path) -> None:
 
 
 def test_the_canary_is_nobody_elses(workspace: Path) -> None:
-    """An agent that opens the canary is denied, and counted."""
-    done = run("cat", "/run/mis/canary", cwd=workspace, options=profile(workspace, "free", ""))
-    assert [event["subject"]["path"] for event in done.denied()] == ["/run/mis/canary"]
+    """An agent that opens a canary is denied, and counted: that of the plane that judges."""
+    script = "cat /run/mis/canary /run/mis/kernel-canary"
+    done = run("sh", "-c", script, cwd=workspace, options=profile(workspace, "free", ""))
+    (event,) = done.denied()
+    assert event["subject"]["path"] in script.split()
 
 
 def test_fifos_and_special_files_work(workspace: Path) -> None:

@@ -270,6 +270,21 @@ def test_the_guards_hold(images: Images, root: Path) -> None:
     assert done.out == "1\n"
 
 
+@pytest.mark.parametrize("pattern", ["**/note", "/app/note", "/app"])
+def test_what_taints_in_an_image(pattern: str, images: Images) -> None:
+    """Its owner may rename it, and write to the copy above: it marks; another file does not."""
+    options = ("--profile", images.profile(f'[files]\ntaint = ["{pattern}"]'))
+    for script, times in (
+        ("mv note x; cat x", 1),
+        ("mkdir d; mv note d/x; cat d/x", 1),
+        ("chmod 600 note; mv note x; echo more >> x", 1),
+        ("cat /etc/passwd >/dev/null", 0),
+    ):
+        done = images.run(script, options=options)
+        marks = [event["rule"] for event in done.events if event["kind"] == "file.tainted"]
+        assert marks == [f"taint {pattern}"] * times, (script, done.out, done.err)
+
+
 def test_a_hostile_image_gets_nowhere(place: Path, cache: Path, root: Path) -> None:
     """Links out of it lead back into it; set-uid programs gain nothing; MIS_* are not its own."""
     evil = [

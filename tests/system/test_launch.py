@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import MIS_RUN, ROOT, mis, run, start, wait_for
+from harness import MIS_RUN, PACE, ROOT, mis, run, start, wait_for
 
 pytestmark = pytest.mark.root
 
@@ -105,6 +105,26 @@ def test_streams_that_lead_to_the_host_are_refused(workspace: Path) -> None:
     done = subprocess.run(words, cwd=workspace, stderr=subprocess.PIPE, check=False)
     assert done.returncode == 0, done.stderr
     assert (workspace / "seen").read_text().splitlines()[0] == "/dev/null"
+
+
+def test_a_socket_that_leads_on_is_refused(workspace: Path) -> None:
+    """A listener or datagrams of the host as standard input; a pair, as ssh makes one, works."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams,
+    ):
+        for given in (listener, datagrams):
+            argv = (*MIS_RUN, "--", "true")
+            refused = subprocess.run(argv, cwd=workspace, stdin=given, stderr=-1, check=False)
+            assert refused.returncode == 2, refused.stderr
+            assert b"standard input is a socket" in refused.stderr
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(b"spoken to\n")
+        ours.shutdown(socket.SHUT_WR)
+        argv = (*MIS_RUN, "-q", "--", "cat")
+        done = subprocess.run(argv, cwd=workspace, stdin=theirs, stdout=-1, check=False)
+    assert (done.returncode, done.stdout) == (0, b"spoken to\n")
 
 
 def test_files_belong_to_the_invoking_user(workspace: Path) -> None:
@@ -208,14 +228,14 @@ def test_memory_hog_is_contained(workspace: Path) -> None:
     assert fits.code == 0, fits.err
 
 
-BOMB = """
+BOMB = f"""
 import os, time
 made = refused = 0
-end = time.monotonic() + 2
+end = time.monotonic() + {2 * PACE}
 while time.monotonic() < end and made < 400:
     try:
         if os.fork() == 0:
-            time.sleep(3)
+            time.sleep({3 * PACE})
             os._exit(0)
         made += 1
     except OSError:
@@ -542,9 +562,9 @@ def test_a_background_job_with_a_terminal_runs_on(workspace: Path) -> None:
 def test_a_stopped_supervisor_does_not_hold_up_others(workspace: Path) -> None:
     """`mis ps` answers at once, however often it asked a supervisor that does not listen."""
     profile = workspace.parent / "patient.toml"
-    profile.write_text('extends = "default"\n[liveness]\ndeadline = "60s"\n')
+    profile.write_text(f'extends = "default"\n[liveness]\ndeadline = "{60 * PACE}s"\n')
     options = ("--profile", str(profile), "--net", "none", "--name", "stopped")
-    agent = start("sh", "-c", "echo up; sleep 60", cwd=workspace, options=options)
+    agent = start("sh", "-c", f"echo up; sleep {60 * PACE}", cwd=workspace, options=options)
     try:
         assert agent.stdout is not None and agent.stdout.readline() == "up\n"
         wait_for(lambda: "running" in mis("ps").stdout)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import packages
 import pytest
 from harness import ROOT, run
 
 pytestmark = pytest.mark.root
 
-BROTLI, MARKUPSAFE = "brotli==1.1.0", "markupsafe==2.1.5"
 ENV = {
     **{
         f"GIT_{who}_{what}": "agent@example.org"
@@ -34,22 +33,12 @@ ENV = {
 
 
 @pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sources() -> Path:
     """Source archives and wheels of real packages."""
-    folder = tmp_path_factory.mktemp("sources")
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    for words in (
-        ["download", "-d", folder, "--no-deps", "--no-binary", ":all:", BROTLI, MARKUPSAFE],
-        ["download", "-d", folder / "wheels", "pytest<9"],
-        ["wheel", "-w", folder / "wheels", "--no-deps", MARKUPSAFE],
-    ):
-        done = subprocess.run([*pip, *map(str, words)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            why = f"no package index: {done.stderr.strip()[-300:]}"
-            pytest.fail(why) if os.environ.get("CI") == "true" else pytest.skip(why)
-    for archive in folder.glob("*.tar.gz"):
-        shutil.unpack_archive(archive, folder)
-    return folder
+    if reason := packages.fetch():
+        why = f"no package index: {reason}"
+        pytest.fail(why) if os.environ.get("CI") == "true" else pytest.skip(why)
+    return packages.FOLDER
 
 
 def both(script: str, folder: Path, *, profile: str, fill: Path | None = None) -> tuple[str, str]:

@@ -179,6 +179,64 @@ def test_counting_without_acting() -> None:
     assert found.tick() and found.level == 3  # and it heals, since nothing ended
 
 
+def test_a_mark_is_no_violation_and_does_not_fade() -> None:
+    """A marked agent is at 3 with nothing counted; neither time nor decay lifts it, and what it
+    violates counts on from what it had; without a mark, the control, it comes back to 5."""
+    for mark in (True, False):
+        found, clock = tracker()
+        found.violation(denied())
+        change = found.mark(3) if mark else None
+        if mark:
+            assert (
+                change
+                and not change.kills
+                and change.event.subject
+                == {
+                    "from": 5,
+                    "to": 3,
+                    "violations": 1,
+                    "cause": "taint",
+                }
+            )
+            assert found.mark(3) is None and found.marked and found.effects.destinations
+        assert levels(found, [denied(pid) for pid in range(2, 12)])[-1] == (10, 2)
+        clock.now += 600
+        change = found.tick()
+        assert change and (found.count, found.level) == (0, 3 if mark else 5)
+        assert change.event.subject["cause"] == "decay"
+
+
+def test_only_an_operator_lifts_a_mark() -> None:
+    """A higher level than the mark's lifts it for good; a lower one leaves it where it was."""
+    found, clock = tracker()
+    found.mark(3)
+    found.set(2)
+    clock.now += 3600
+    assert found.tick() and found.level == 3
+    change = found.set(4)
+    assert change and change.event.subject["cause"] == "operator" and found.marked
+    clock.now += 3600
+    assert found.tick() and found.level == 5
+
+
+def test_marks_of_other_levels() -> None:
+    """0 only records; a mark never makes an agent calmer; 1 kills; nothing acts without act."""
+    found, _ = tracker()
+    assert found.mark(0) is None and (found.marked, found.level) == (True, 5)
+    found, clock = tracker()
+    found.set(2)
+    assert found.mark(3) is None and found.level == 2
+    clock.now += 3600
+    assert found.tick() and found.level == 3
+    found, _ = tracker()
+    change = found.mark(1)
+    assert change and change.kills
+    found, _ = tracker(act=False)
+    change = found.mark(1)
+    assert change and not change.kills and change.event.subject["acts"] is False
+    assert found.level == 1 and found.effects == Effects()
+
+
 def test_delays_follow_the_level() -> None:
     """Answers are late by 0, 0.1, 1 and 10 ms at levels 5, 4, 3 and 2."""
     found, _ = tracker()
@@ -249,6 +307,21 @@ def test_violations_alone_never_lower_the_threat(
         assert found.level <= before and found.count >= count
         assert found.level == 5 - sum(found.count >= limit for limit in settings.thresholds)
         assert (change is None) == (found.level == before)
+
+
+@given(ACTS, st.integers(1, 4), st.integers(0, 60))
+def test_nothing_but_an_operator_lifts_a_mark(
+    acts: list[tuple[int, str, float]], level: int, when: int
+) -> None:
+    """Whatever it does and however long it waits, a marked agent is at its level or below."""
+    found, clock = tracker(decay=10.0)
+    for number, (pid, kind, wait) in enumerate([*acts, (1, "file.open", 100.0)]):
+        if number == min(when, len(acts)):
+            found.mark(level)
+        clock.now += wait
+        found.violation(denied(pid, kind))
+        found.tick()
+        assert not found.marked or found.level <= level
 
 
 @given(ACTS)

@@ -39,10 +39,11 @@ def test_the_kernel_plane_where_it_works(host: Host, plane: str, expected: set[s
 
 
 def test_names_take_the_file_guard_along() -> None:
-    """What only a name tells is judged by both; without enforcement then by the host plane alone,
-    or each act would count twice."""
+    """What only a name tells is judged by both, what taints too; without enforcement then by the
+    host plane alone, or each act would count twice."""
     profile = replace(DEFAULT, files=replace(DEFAULT.files, deny=("**/*.key",)))
-    assert chosen(CAN, profile) == {"bpf-lsm", "fanotify"}
+    tainting = replace(DEFAULT, files=replace(DEFAULT.files, taint=("/etc/x",)))
+    assert chosen(CAN, profile) == chosen(CAN, tainting) == {"bpf-lsm", "fanotify"}
     assert chosen(CAN, replace(profile, enforce=False)) == {"fanotify"}
     assert chosen(CAN, replace(DEFAULT, enforce=False)) == {"bpf-lsm"}
 
@@ -61,6 +62,7 @@ def test_what_outlives_its_supervisor_is_judged_as_others_are() -> None:
     ("files", "programs", "named"),
     [
         (DEFAULT.files, DEFAULT.exec, ""),
+        (replace(DEFAULT.files, taint=("/etc/x",)), DEFAULT.exec, "/etc/x"),
         (Files(read=("/usr/**",)), Exec(allow=("/usr/**",)), ""),
         (Files(read=("/usr/**",)), Exec(allow=("/usr/**", "/opt/tool")), "/opt/tool"),
         (Files(read=("/usr/**",)), Exec(allow=("/usr/bin/**",)), "/usr/**"),

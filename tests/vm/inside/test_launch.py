@@ -311,6 +311,68 @@ def test_audit(workspace: Path) -> None:
     assert told == [("audit", "file.open", True)]
 
 
+LITTLE = (
+    TRIED
+    + """
+import ctypes
+tried("null", lambda: open("/dev/null", "r+b", 0))
+tried("status", lambda: open("/proc/self/status"))
+tried("library", lambda: ctypes.CDLL("libm.so.6"))
+tried("memory", lambda: open("/dev/shm/made", "w"))
+tried("settings", lambda: open("/etc/hostname"))
+tried("program", lambda: subprocess.run(["/usr/bin/id"], stdout=-3, check=True))
+"""
+)
+
+
+def test_a_profile_that_names_little(workspace: Path) -> None:
+    """Devices and /proc need no rule, as on the host plane; libraries of programs that may not be
+    executed are mapped; all else that is not named is refused, and goes on where it is named."""
+    rules = """
+[files]
+read = ["@system-libs", "@python", "$WORKSPACE"]
+write = ["$WORKSPACE"]
+[exec]
+allow = ["@python"]
+[defcon]
+act = false
+"""
+    words = ("/usr/bin/python3", "-I", "-c", LITTLE)
+    done = run(*words, cwd=workspace, options=profile(workspace, rules))
+    met = dict(line.split() for line in done.out.splitlines())
+    always = {"null": "OK", "status": "OK", "library": "OK"}
+    named = ("memory", "settings", "program")
+    assert met == always | dict.fromkeys(named, "EPERM"), done.err
+    control = run(*words, cwd=workspace, options=profile(workspace, ""))
+    met = dict(line.split() for line in control.out.splitlines())
+    assert met == always | dict.fromkeys(named, "OK"), control.err
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_taint(marks: bool, workspace: Path) -> None:
+    """The file guard judges it here too, and when the open goes on all have the level: a program
+    that never ran is refused; whoever read another file runs it."""
+    (workspace / "named").write_text("named")
+    (workspace / "other").write_text("other")
+    script = (
+        TRIED
+        + """
+with open(sys.argv[1]) as file:
+    print(file.read())
+tried("program", lambda: subprocess.run(["/usr/bin/id"], stdout=-3, check=True))
+"""
+    )
+    options = profile(workspace, '[files]\ntaint = ["$WORKSPACE/named"]\n')
+    word = "named" if marks else "other"
+    words = ("/usr/bin/python3", "-I", "-c", script, word)
+    done = run(*words, cwd=workspace, options=options)
+    assert done.out.splitlines() == [word, "program EPERM" if marks else "program OK"], done.err
+    (start,) = (event for event in done.events if event["kind"] == "run.start")
+    assert {"bpf-lsm", "fanotify"} <= set(start["subject"]["mechanisms"])
+    assert kinds(done.events).count("file.tainted") == marks
+    assert kinds(done.denied()) == ["exec.run"] * marks
+
+
 def test_levels_of_an_operator(workspace: Path) -> None:
     """`mis defcon` reaches the kernel: at 3 writing is for the workspace, at 5 for all."""
     script = (

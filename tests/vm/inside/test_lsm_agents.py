@@ -259,12 +259,16 @@ def test_a_fatal_rule(tree: Any, agent: Path) -> None:
 
 
 def test_canaries_are_no_violations(tree: Any, agent: Path) -> None:
-    """What we try ourselves is refused and counted, apart from what the agent does."""
+    """What we try ourselves is refused and counted, apart from the agent's doing the same."""
     with lsm.attach(agent, marked(tree, RuleFlag.CANARY)) as guard:
+        tried = read(tree.hidden / "file")
         for _ in range(3):
-            assert lsm.in_cgroup(agent, read(tree.hidden / "file")) == EPERM
+            guard.beat(lambda _: lsm.in_cgroup(agent, tried))
         assert guard.read() == []
-        assert guard.counts() == lsm.Counts(0, 0, 0, 0, 0, canaries=3)
+        assert guard.counts() == lsm.Counts(0, 0, 0, 0, canaries=3)
+        assert lsm.in_cgroup(agent, tried) == EPERM
+        assert [event.kind for event in guard.read()] == ["file.open"]
+        assert guard.counts() == lsm.Counts(1, 1, 0, 0, canaries=3)
 
 
 def test_levels_take_rights_away(tree: Any, agent: Path) -> None:
@@ -343,8 +347,12 @@ def test_a_full_ring_is_counted(tree: Any, agent: Path) -> None:
         assert struct.unpack("=2i", done) == (1000, 0)
         counts = guard.counts()
         assert counts.denied == 1000
-        kept = sum(len(events) for events in iter(guard.read, []))  # a batch at a time
-        assert counts.events_lost == 1000 - kept > 0
+        events = [event for batch in iter(guard.read, []) for event in batch]
+        kept = sum(event.kind == "file.open" for event in events)
+        assert counts.lost == {"file.open": 1000 - kept}
+        (told,) = (event for event in events if event.kind != "file.open")
+        assert (told.kind, told.subject) == ("kernel.lost", {"events": counts.lost})
+        assert 0 < kept < 1000
 
 
 # ---- life and death -----------------------------------------------------------------------
@@ -526,7 +534,7 @@ def test_verify(tree: Any, agent: Path) -> None:
     with lsm.attach(agent, tree.policy(deadline=60)) as guard:
         guard.verify()
         assert guard.read() == []
-        assert guard.counts() == lsm.Counts(0, 0, 0, 0, 0)
+        assert guard.counts() == lsm.Counts(0, 0, 0, 0)
         with lsm_plane.locked():
             guard._plane.forget(guard.id)
         guard.renew = lambda: None  # type: ignore[method-assign]
@@ -538,7 +546,7 @@ def test_verify_in_audit(tree: Any, agent: Path) -> None:
     """In audit the canary's acts go on, and are counted."""
     with lsm.attach(agent, tree.policy(enforce=False)) as guard:
         guard.verify()
-        assert guard.counts() == lsm.Counts(0, 0, 0, 0, 0)
+        assert guard.counts() == lsm.Counts(0, 0, 0, 0)
 
 
 @pytest.fixture(scope="module", autouse=True)

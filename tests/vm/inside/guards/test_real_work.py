@@ -1,0 +1,1 @@
+../../../system/test_real_work.py
