@@ -6,6 +6,7 @@ import os
 import resource
 import select
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,17 +32,25 @@ def dog(tmp_path: Path) -> Iterator[liveness.Watchdog]:
         yield dog
 
 
+def named(pid: int, name: str) -> int:
+    """How many descriptors of a process are of the file with this name."""
+    found = 0
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since it was listed
+            found += os.readlink(fd) == name
+    return found
+
+
 def test_all_stay_open_until_it_goes(dog: liveness.Watchdog) -> None:
     """As many as anybody sends; a pipe ends when the last copy of its writing end is closed."""
     reader, writer = os.pipe()
     copies = [os.dup(writer) for _ in range(MANY)]
-    held = Path(f"/proc/{dog.pid}/fd")
-    before = len(list(held.iterdir()))
+    pipe = os.readlink(f"/proc/self/fd/{reader}")
     dog.watching({"one": reader}, copies)
     for fd in (writer, *copies):
         os.close(fd)
-    # Its beginning closed one: what it said "watching" on, and what it entered its cgroup by.
-    wait_for(lambda: len(list(held.iterdir())) >= before + MANY - 1)
+    # Both ends of a pipe have one name; what else it has open comes and goes while it begins.
+    wait_for(lambda: named(dog.pid, pipe) == MANY + 1)
     ends = select.poll()
     ends.register(reader, select.POLLHUP)
     assert ends.poll(300) == []
