@@ -110,13 +110,14 @@ class LsmGuard:
         plane = self._plane
         self._put_rules(self._policy.rules)
         with lsm_plane.locked():
-            self._slot = plane.free_slot()
+            others = plane.registered()
+            self._slot = plane.free_slot(others)
             self._settings.generation = plane.next_epoch()
             self._reset()
             plane.rings.update(self._key, struct.pack("=I", self.ring))
             self.renew()
             plane.slots.update(self._key, struct.pack("=I", self._slot))
-            plane.announce()
+            plane.announce(len({*others, self.id}))
 
     def take_over(self, level: int) -> None:
         """Instead of `register`, for an agent that the plane knows: its rules and its count stay as

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import cache, cached_property
 from pathlib import Path
@@ -102,18 +102,22 @@ class Plane:
         """Names of the attached programs."""
         return sorted(path.name for path in (self.folder / "links").iterdir())
 
-    def ids(self) -> list[int]:
-        """Registered agents."""
-        return [int.from_bytes(key, "little") for key in self.slots.keys(8)]
+    def registered(self) -> dict[int, int]:
+        """Agents, each with the slot where its settings and counts are."""
+        return {
+            int.from_bytes(agent, "little"): int.from_bytes(slot, "little")
+            for agent, slot in self.slots.items().items()
+        }
 
     def slot(self, agent: int) -> int | None:
-        """Where a registered agent's settings and counts are."""
+        """That of one agent, if it is registered."""
         found = self.slots.lookup(agent.to_bytes(8, "little"), 4)
         return None if found is None else int.from_bytes(found, "little")
 
-    def free_slot(self) -> int:
-        """One that no agent has. To be called under `locked`. Raises SetupError."""
-        taken = {self.slot(agent) for agent in self.ids()}
+    @staticmethod
+    def free_slot(registered: Mapping[int, int]) -> int:
+        """One that none of these agents has. To be called under `locked`. Raises SetupError."""
+        taken = set(registered.values())
         free = next((slot for slot in range(SLOTS) if slot not in taken), None)
         if free is None:
             raise SetupError(f"kernel plane: {SLOTS} agents are running already")
@@ -123,9 +127,12 @@ class Plane:
         """What `announce` will make of it: a number that never was. To be called under `locked`."""
         return int(PLANE.unpack(self._state.read(0))[0]) + 1
 
-    def announce(self) -> None:
-        """Make every task look again which agent it belongs to. To be called under `locked`."""
-        self._state.write(0, PLANE.pack(self.next_epoch(), len(self.ids())))
+    def announce(self, agents: int | None = None) -> None:
+        """Make every task look again which agent it belongs to, and all that is remembered void;
+        ``agents`` are there now, where that has changed. To be called under `locked`."""
+        if agents is None:
+            agents = PLANE.unpack(self._state.read(0))[1]
+        self._state.write(0, PLANE.pack(self.next_epoch(), agents))
 
     def forget(self, agent: int, places: Collection[bytes] | None = None) -> None:
         """Remove all that is known of an agent, its rules at ``places`` (None: wherever they are,
@@ -138,12 +145,11 @@ class Plane:
         # still have the slot in its hands (maybe_wait_bpf_programs). Only then it is free.
         self.rings.delete(key)
         if places is None:
-            every = self.rules.keys(PLACE.size)
-            places = [place for place in every if PLACE.unpack(place)[0] == agent]
+            places = [place for place in self.rules.items() if PLACE.unpack(place)[0] == agent]
         for place in places:
             self.rules.delete(place)
         self.slots.delete(key)
-        self.announce()
+        self.announce(len(self.registered()))
 
 
 def locked() -> AbstractContextManager[int]:
@@ -214,11 +220,11 @@ def sweep(cgroups: Path) -> list[int]:
                 continue
             plane = Plane(folder)
             try:
-                dead = [agent for agent in plane.ids() if agent not in alive]
+                dead = [agent for agent in plane.registered() if agent not in alive]
                 for agent in dead:
                     plane.forget(agent)
                 gone += dead
-                unused = not plane.ids()
+                unused = not plane.registered()
             finally:
                 plane.close()
             if unused and folder.name != version():

@@ -5,14 +5,22 @@ Builds on `libbpf`, which has the loading of objects that live and die with one 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from ctypes import c_bool, c_char_p, c_int, c_uint32, c_void_p
+from ctypes import (
+    addressof,
+    byref,
+    c_bool,
+    c_char_p,
+    c_int,
+    c_uint32,
+    c_void_p,
+    create_string_buffer,
+)
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +28,7 @@ from mis_run.errors import SetupError
 from mis_run.linux import libbpf, libc, mountinfo
 
 RINGBUF = 27  # enum bpf_map_type
+BATCH = 4096  # entries read by one call
 _KIND_FUNC = 12  # BTF_KIND_FUNC
 _LSM, _LSM_MAC = 29, 27  # BPF_PROG_TYPE_LSM, BPF_LSM_MAC
 
@@ -52,7 +61,11 @@ class _Functions:
         self.create = lib._number(
             "bpf_map_create", c_int, c_char_p, c_uint32, c_uint32, c_uint32, c_void_p
         )
-        self.next_key = lib._number("bpf_map_get_next_key", c_int, c_char_p, c_char_p)
+        self.info = lib._number("bpf_obj_get_info_by_fd", c_int, c_void_p, c_void_p)
+        self.lookup_batch = lib._number(
+            *("bpf_map_lookup_batch", c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+            c_void_p,
+        )
 
 
 def _text(name: str, lib: libbpf._Library) -> Callable[[int], bytes]:
@@ -138,13 +151,13 @@ def try_lsm() -> None:
     if hook is None:
         raise OSError(errno.ENOTSUP, "this kernel has no LSM hooks for BPF (CONFIG_BPF_LSM)")
     code = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)
-    buffer = ctypes.create_string_buffer(code)
-    licence = ctypes.create_string_buffer(b"GPL")
+    buffer = create_string_buffer(code)
+    licence = create_string_buffer(b"GPL")
     # union bpf_attr: type, count, insns, licence, log (4, 4, 8), version, flags, name, ifindex,
     # expected_attach_type, BTF (4, 4, 8, 4, 4, 8, 4), attach_btf_id.
     attributes = struct.pack(
         "=IIQQIIQII16sIIIIQIIQII",
-        *(_LSM, 2, ctypes.addressof(buffer), ctypes.addressof(licence)),
+        *(_LSM, 2, addressof(buffer), addressof(licence)),
         *(0, 0, 0, 0, 0, b"mis_probe", 0, _LSM_MAC),
         *(0, 0, 0, 0, 0, 0, 0, hook),
     )
@@ -161,20 +174,36 @@ class PinnedMap(libbpf.Map):
         """Release the descriptor."""
         os.close(self.fd)
 
-    def keys(self, size: int) -> list[bytes]:
-        """All keys; while others change the map some may be missing or twice."""
-        found: list[bytes] = []
-        key = ctypes.create_string_buffer(size)
-        before: bytes | None = None
+    def items(self) -> dict[bytes, bytes]:
+        """All entries of a hash; while others change it some may be missing."""
+        bpf = _functions()
+        about, size = (c_uint32 * 5)(), c_uint32(20)  # struct bpf_map_info, its beginning
+        bpf.info(self.fd, about, byref(size))
+        _, _, key, value, most = about
+        most = min(most, BATCH)
+        keys, values = create_string_buffer(most * key), create_string_buffer(most * value)
+        found: dict[bytes, bytes] = {}
+        after, more = c_uint32(), False
         while True:
+            count, ended = c_uint32(most), False
             try:
-                _functions().next_key(self.fd, before, key)
+                bpf.lookup_batch(
+                    *(self.fd, byref(after) if more else None, byref(after)),
+                    *(keys, values, byref(count), None),
+                )
             except OSError as error:
-                if error.errno == errno.ENOENT:
-                    return found
-                raise
-            found.append(key.raw)
-            before = key.raw
+                if error.errno != errno.ENOENT:
+                    raise
+                ended = True  # with the last of them
+            got = _cut(keys.raw, key, count.value), _cut(values.raw, value, count.value)
+            found.update(zip(*got, strict=True))
+            if ended:
+                return found
+            more = True
+
+
+def _cut(raw: bytes, size: int, count: int) -> list[bytes]:
+    return [raw[at : at + size] for at in range(0, count * size, size)]
 
 
 class MappedArray(PinnedMap):

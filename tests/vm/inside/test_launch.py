@@ -20,7 +20,6 @@ from harness import MIS_RUN, mis, run, wait_for
 from leftovers import snapshot
 
 from mis_run.guards import lsm_plane
-from mis_run.guards.lsm_abi import PLACE
 
 pytestmark = pytest.mark.usefixtures("plane")
 NO_NET = ("--net", "none")
@@ -37,9 +36,9 @@ def workspace(tmp_path: Path) -> Iterator[Path]:
     yield folder
     assert snapshot() == before
     plane = lsm_plane.ensure()
-    left = [plane.ids(), plane.rings.keys(8), plane.rules.keys(PLACE.size)]
+    left = [plane.registered(), plane.rings.items(), plane.rules.items()]
     plane.close()
-    assert left == [[], [], []]
+    assert left == [{}, {}, {}]
 
 
 def profile(folder: Path, text: str, require: str = "") -> tuple[str, ...]:
@@ -273,7 +272,7 @@ def test_all_of_us_are_killed(workspace: Path) -> None:
         os.kill(shim, signal.SIGKILL)
         os.close(fd)
     time.sleep(0.5)
-    wait_for(lambda: mis("gc").returncode == 0 and not lsm_plane.ensure().ids(), 10)
+    wait_for(lambda: mis("gc").returncode == 0 and not lsm_plane.ensure().registered(), 10)
 
 
 def _ended(pidfd: int) -> bool:

@@ -431,16 +431,16 @@ def test_sweep_forgets_the_dead(tree: Any, cgroups: Any) -> None:
     group = root / "mistest-swept"
     group.mkdir()
     lsm_plane.sweep(root)
-    before = sorted(plane.ids())
+    before = sorted(plane.registered())
     supervisor = supervised(group, tree, 60.0)
     killed(supervisor)
     agent = group.stat().st_ino
     assert lsm_plane.sweep(root) == []
-    assert agent in plane.ids()
+    assert agent in plane.registered()
     group.rmdir()
     assert agent in lsm_plane.sweep(root)
-    assert sorted(plane.ids()) == before
-    assert not [key for key in plane.rules.keys(PLACE.size) if PLACE.unpack(key)[0] == agent]
+    assert sorted(plane.registered()) == before
+    assert not [key for key in plane.rules.items() if PLACE.unpack(key)[0] == agent]
     plane.close()
 
 
@@ -449,9 +449,9 @@ def test_detached_leaves_nothing(tree: Any, cgroups: Any) -> None:
     plane = lsm_plane.ensure()
     group = cgroups()
     keys = lambda: [  # noqa: E731
-        len(plane.slots.keys(8)),
-        len(plane.rings.keys(8)),
-        len(plane.rules.keys(PLACE.size)),
+        len(plane.slots.items()),
+        len(plane.rings.items()),
+        len(plane.rules.items()),
     ]
     before = keys()
     for _ in range(5):
@@ -519,7 +519,7 @@ def test_versions_live_side_by_side(
         below.mkdir()
         assert lsm.in_cgroup(agent, read(tree.hidden / "file")) == EPERM
         assert guard.counts().denied == 1
-        assert guard.id in lsm_plane.Plane(lsm_plane.TOP / old).ids()
+        assert guard.id in lsm_plane.Plane(lsm_plane.TOP / old).registered()
         lsm_plane.sweep(Path("/sys/fs/cgroup"))
         assert (lsm_plane.TOP / old).exists()
         assert lsm.in_cgroup(agent, read(tree.hidden / "file")) == EPERM

@@ -22,7 +22,7 @@ from mis_run.dataclass import replace
 from mis_run.errors import SetupError
 from mis_run.events import Verdict
 from mis_run.guards import kernel, lsm, lsm_plane
-from mis_run.guards.lsm_abi import LAYOUT, OWN, PLACE, STATE
+from mis_run.guards.lsm_abi import LAYOUT, OWN, STATE
 
 pytestmark = pytest.mark.usefixtures("plane")
 # What no rule names is the kernel's to refuse, what a pattern names the file guard's too.
@@ -72,11 +72,11 @@ def workspace(tmp_path: Path) -> Iterator[Path]:
     wait_for(lambda: snapshot() == before and entries() == known, 30)
 
 
-def entries() -> list[list[bytes]]:
+def entries() -> list[set[bytes]]:
     """Every key of the plane's maps."""
     plane = lsm_plane.ensure()
     try:
-        return [plane.slots.keys(8), plane.rings.keys(8), sorted(plane.rules.keys(PLACE.size))]
+        return [set(known.items()) for known in (plane.slots, plane.rings, plane.rules)]
     finally:
         plane.close()
 
@@ -85,7 +85,7 @@ def known() -> tuple[bytes | None, bytes | None, int]:
     """Slot and ring of the only agent, and its count of violations."""
     plane = lsm_plane.ensure()
     try:
-        (agent,) = plane.slots.keys(8)
+        (agent,) = plane.slots.items()
         slot = plane.slots.lookup(agent, 4)
         state = plane.states.lookup(slot or b"", STATE.size)
         return slot, plane.rings.lookup(agent, 4), STATE.unpack(state or b"")[1]
@@ -199,7 +199,7 @@ def test_nobody_attaches(workspace: Path) -> None:
     the watchdog leaves nothing (see the fixture)."""
     agent = begin(workspace, "alone", "none/file")
     plane = lsm_plane.ensure()
-    number = len(plane.rules.keys(PLACE.size))
+    number = len(plane.rules.items())
     plane.close()
     agent.kill()
     agent.wait(30)
