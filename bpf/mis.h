@@ -110,6 +110,7 @@ struct mis_net_event {
 #define MIS_ANCHOR 4 /* a rule lies below: neither moved nor removed */
 #define MIS_CANARY 8 /* what we try ourselves: counted apart while we do, see MIS_TRYING */
 #define MIS_FATAL 16 /* a denial goes to level 1 at once */
+#define MIS_REPEATED 32 /* of an act, no rule: mis_lsm_event.repeated */
 
 /* mis_agent.flags */
 #define MIS_ENFORCE 1
@@ -274,14 +275,15 @@ struct mis_lsm_event {
 	__u64 inode;
 	__u32 device;
 	__u32 pid;
-	__u32 uid;
+	__u32 thread;
 	__u32 rule;
 	__u32 right; /* asked for */
 	__u32 detail; /* of an act: a capability, a signal, an ioctl, a lockdown reason */
 	__u32 path_at; /* where in `path` it begins; MIS_PATH: there is none */
-	__u16 what;
+	__u8 what;
 	__u8 verdict;
 	__u8 level;
+	__u8 repeated; /* the thread repeats itself: not counted */
 	__u8 comm[16];
 	__u8 path[2 * MIS_PATH]; /* the first half, filled from its end; see event.bpf.h */
 };

@@ -62,7 +62,7 @@ struct act {
 	__u32 rule;
 	__u32 detail;
 	__u32 what;
-	__u32 marks; /* MIS_CANARY, MIS_FATAL: of the rules that refused */
+	__u32 marks; /* MIS_CANARY, MIS_FATAL: of the rules that refused; MIS_REPEATED */
 	__u32 slot;
 };
 
@@ -193,7 +193,7 @@ __noinline int tell(struct act *act, __u32 verdict)
 {
 	struct mis_lsm_event *event;
 	struct dentry *dentry;
-	__u64 id;
+	__u64 id, task = bpf_get_current_pid_tgid();
 	void *ring;
 
 	if (!act)
@@ -210,14 +210,15 @@ __noinline int tell(struct act *act, __u32 verdict)
 	event->agent = act->id;
 	event->inode = dentry ? BPF_CORE_READ(dentry, d_inode, i_ino) : 0;
 	event->device = dentry ? BPF_CORE_READ(dentry, d_sb, s_dev) : 0;
-	event->pid = bpf_get_current_pid_tgid() >> 32;
-	event->uid = bpf_get_current_uid_gid();
+	event->pid = task >> 32;
+	event->thread = task;
 	event->rule = act->rule;
 	event->right = act->right;
 	event->detail = act->detail;
 	event->what = act->what;
 	event->verdict = verdict;
 	event->level = act->level;
+	event->repeated = act->marks & MIS_REPEATED ? 1 : 0;
 	bpf_get_current_comm(event->comm, sizeof(event->comm));
 	event->path_at = MIS_PATH;
 	if (dentry)
@@ -278,6 +279,8 @@ static __always_inline void count(struct act *act, struct state *state,
 	if (added)
 		state->last = now;
 	bpf_spin_unlock(&state->lock);
+	if (!added)
+		act->marks |= MIS_REPEATED;
 	act->level = level_of(state, agent, now);
 }
 

@@ -207,6 +207,8 @@ class Tracker:
 
     def _is_retry(self, event: Event, now: float) -> bool:
         """The same thread repeating the same act: the first RETRIES within BURST are one act."""
+        if event.repeated is not None:  # the kernel looked, when it was done
+            return event.repeated
         if event.pid == 0:  # a packet: the wire already tells each destination once a second
             return False
         key = (event.kind, event.pid, tuple(sorted(map(str, event.subject.items()))))

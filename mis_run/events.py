@@ -45,7 +45,9 @@ class Event:
     ``kind`` is ``area.verb`` (``net.connect``, ``file.open``, ``run.exit``); ``subject`` holds
     what the act was about (``{"destination": "192.0.0.8:9", "protocol": "udp"}``); ``rule`` is
     the profile line that decided, or ``default`` when none named the object.  ``pid`` is the
-    host's number, 0 where the kernel cannot tell.  ``time`` is seconds since the epoch.
+    host's number, 0 where the kernel cannot tell.  ``time`` is seconds since the epoch;
+    ``repeated`` whether the act repeats a violation and does not count, None where that is not
+    known: for `defcon` alone, not in the record.
     """
 
     kind: str
@@ -56,6 +58,7 @@ class Event:
     subject: Mapping[str, Any] = field(default_factory=dict)
     rule: str = ""
     time: float = field(default_factory=time.time)
+    repeated: bool | None = None
 
     @property
     def violation(self) -> bool:

@@ -21,7 +21,7 @@ MOST_ACTS = 64
 STATE = struct.Struct(f"=II9Q{MOST_ACTS}I")
 SLOTS = 4096
 PLANE = struct.Struct("=QQ")
-EVENT = struct.Struct("=QQQIIIIIIIHBB16s512s")
+EVENT = struct.Struct("=QQQIIIIIIIBBBB16s512s")
 PATH = 256
 
 
@@ -143,12 +143,10 @@ def event(sample: bytes, texts: Sequence[str]) -> Event:
     """One event of the ring buffer; ``texts`` are the profile lines by number, 1 the first."""
     if len(sample) != EVENT.size:
         return Event(kind="lsm.malformed", subject={"bytes": len(sample)})
-    (at, agent, inode, device, pid, uid, rule, right, detail, path_at, what, verdict, level) = (
-        fields := EVENT.unpack(sample)
-    )[:13]
+    (at, _, inode, device, pid, thread, rule, right, detail, path_at, *rest) = EVENT.unpack(sample)
+    what, verdict, level, repeated, comm, path = rest
     if what >= len(ACTS) or verdict > 3:
         return Event(kind="lsm.malformed", subject={"act": what, "verdict": verdict})
-    comm, path = fields[13:]
     act = ACTS[what]
     subject: dict[str, Any] = {}
     if path_at < PATH:
@@ -162,8 +160,9 @@ def event(sample: bytes, texts: Sequence[str]) -> Event:
         subject[DETAILS[act]] = CAPABILITIES[detail] if known else detail
     if level < 5:
         subject["level"] = level
+    if thread != pid:
+        subject["thread"] = thread
     kind, guard = kind_of(what)
-    del agent, uid
     return Event(
         kind=kind,
         verdict=(Verdict.ALLOW, Verdict.DENY, Verdict.AUDIT, Verdict.KILL)[verdict],
@@ -172,6 +171,7 @@ def event(sample: bytes, texts: Sequence[str]) -> Event:
         comm=comm.split(b"\0")[0].decode(errors="replace"),
         subject=subject,
         rule=texts[rule - 1] if 0 < rule <= len(texts) else WORDS.get(rule, "default"),
+        repeated=bool(repeated),
         # It may have lain there for hours: until a new supervisor came.
         time=time.time() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - at) / 1e9,
     )

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mis_run.dataclass import replace
 from mis_run.defcon import BURST, EFFECTS, RETRIES, Effects, Tracker, effects_at, weight
 from mis_run.events import Event, Verdict
 from mis_run.model import Defcon
@@ -101,6 +102,14 @@ def test_a_librarys_retries_are_one_violation() -> None:
     assert found.count == 1
     found.violation(denied(path="/etc/gshadow"))
     assert found.count == 2  # negative control: another object is another act
+
+
+def test_the_kernel_has_seen_whether_it_was_a_retry() -> None:
+    """What it says of an act holds, however late and close together its events are read."""
+    found, _ = tracker()
+    for repeated in (False, False, True, False):
+        found.violation(replace(denied(), repeated=repeated))
+    assert found.count == 3
 
 
 def test_a_retry_after_the_window_counts() -> None:

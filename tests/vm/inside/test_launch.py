@@ -105,6 +105,33 @@ def test_allowed_work_passes(workspace: Path) -> None:
     assert end["subject"]["level"] == 5
 
 
+CROWD = """
+import threading
+ready = threading.Barrier(5)
+def act():
+    ready.wait()
+    try:
+        open("secret")
+    except PermissionError:
+        pass
+for one in [threading.Thread(target=act) for _ in range(5)]:
+    one.start()
+"""
+
+
+def test_threads_count_one_by_one(workspace: Path) -> None:
+    """The same act by five threads of a process at once is five violations: here they do not wait
+    for the supervisor, who hears of all at once."""
+    (workspace / "secret").write_text("x")
+    options = profile(workspace, '[files]\ndeny = ["...", "$WORKSPACE/secret"]\n')
+    done = run("/usr/bin/python3", "-c", CROWD, cwd=workspace, options=options)
+    denied = [event for event in done.events if event.get("verdict") == "deny"]
+    assert len(denied) == len({event["subject"]["thread"] for event in denied}) == 5
+    assert len({event["pid"] for event in denied}) == 1
+    (change,) = (event["subject"] for event in done.events if event["kind"] == "defcon.change")
+    assert (change["to"], change["violations"]) == (4, 3)
+
+
 DENIED = (
     TRIED
     + """def connect():
