@@ -177,6 +177,7 @@ enum special_kfunc_type {
 /* Numbers of the kernel's own that no uapi header has; all older than the kernels we run on. */
 #define EPERM 1
 #define EXDEV 18
+#define EROFS 30
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
 #define S_IFDIR 0040000

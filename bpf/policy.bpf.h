@@ -143,10 +143,12 @@ static __always_inline enum inner inner_mount(struct mount *mount)
 }
 
 /* What a level takes away from what the rules give, whose settings are in `of`. */
+#define CLOSED(of, level, right, workspace)                                                        \
+	((level) <= (of)->writes &&                                                                \
+	 (right) & (MIS_WRITE | MIS_CREATE | MIS_DELETE) & ~(workspace))
 #define RAISED(of, level, right, explicit, workspace)                                              \
 	(((level) <= (of)->explicit_only && (right) & ~(explicit)) ||                              \
-	 ((level) <= (of)->writes &&                                                               \
-	  (right) & (MIS_WRITE | MIS_CREATE | MIS_DELETE) & ~(workspace)))
+	 CLOSED(of, level, right, workspace))
 
 /* Say which file an act is about. */
 static __always_inline void about(struct act *act, struct dentry *dentry, struct mount *mount)
@@ -176,6 +178,8 @@ __noinline int permitted(struct act *act)
 	if (!RAISED(act, act->level, act->right, walk.explicit, walk.workspace))
 		return 1;
 	act->rule = MIS_RULE_RAISED;
+	/* As where it is mounted read-only, which user space will have it soon: no violation. */
+	act->quiet = CLOSED(act, act->level, act->right, walk.workspace);
 	return 0;
 }
 

@@ -369,7 +369,9 @@ static __always_inline int error_of(int refused, int error)
 
 static __always_inline int conclude(struct act *act, int allowed)
 {
-	return error_of(refused(act, allowed), -EPERM);
+	int no = refused(act, allowed);
+
+	return error_of(no, act->quiet && act->rule == MIS_RULE_RAISED ? -EROFS : -EPERM);
 }
 
 #endif

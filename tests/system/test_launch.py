@@ -336,7 +336,7 @@ def test_cpu_burner_is_throttled(workspace: Path) -> None:
         next(e for e in done.events if e["kind"] == "run.exit")["subject"]["usage"]["cpu_seconds"]
         for done in (slow, free)
     ]
-    assert used[0] < 1.0 < used[1], used
+    assert used[1] - used[0] > 1.0, used  # both began and ended alike
 
 
 def test_dry_run_changes_nothing(workspace: Path) -> None:

@@ -151,7 +151,8 @@ def _machine(item: GuestItem) -> Machine:
             name = other.name.partition("[")[0]
             if isinstance(other, GuestItem) and (other.line, name) not in NOT_ON:
                 wanted.setdefault(other.line, []).append(other.inner)
-        if any(item.path.name == "test_real_work.py" for item in session.items):
+        guests = (item for item in session.items if isinstance(item, GuestItem))
+        if any(guest.where.name == "test_real_work.py" for guest in guests):
             packages.fetch()  # for a machine without network; the test says what is missing
         machines = {line: _absent(line) or Machine(line, ids) for line, ids in wanted.items()}
         session.stash[MACHINES] = machines
