@@ -193,7 +193,7 @@ __noinline int tell(struct act *act, __u32 verdict)
 {
 	struct mis_lsm_event *event;
 	struct dentry *dentry;
-	__u64 id, task = bpf_get_current_pid_tgid();
+	__u64 id;
 	void *ring;
 
 	if (!act)
@@ -210,8 +210,8 @@ __noinline int tell(struct act *act, __u32 verdict)
 	event->agent = act->id;
 	event->inode = dentry ? BPF_CORE_READ(dentry, d_inode, i_ino) : 0;
 	event->device = dentry ? BPF_CORE_READ(dentry, d_sb, s_dev) : 0;
-	event->pid = task >> 32;
-	event->thread = task;
+	event->pid = bpf_get_current_pid_tgid() >> 32;
+	event->thread = bpf_get_current_pid_tgid();
 	event->rule = act->rule;
 	event->right = act->right;
 	event->detail = act->detail;

@@ -441,7 +441,8 @@ def test_many_at_once(workspace: Path) -> None:
     assert (done.code, done.out) == (0, "0\n"), done.err
     assert len(marks(done)) == 1
     (partly,) = (event for event in done.events if event["kind"] == "defcon.partly")
-    assert partly["subject"]["still_writable"] == ["/"]
+    (left,) = partly["subject"]["still_writable"]
+    assert "/var/tmp".startswith(left)
 
 
 def test_the_file_that_marks_may_itself_be_open_for_writing(workspace: Path) -> None:

@@ -123,7 +123,7 @@ def test_threads_count_one_by_one(workspace: Path) -> None:
     """The same act by five threads of a process at once is five violations: here they do not wait
     for the supervisor, who hears of all at once."""
     (workspace / "secret").write_text("x")
-    options = profile(workspace, '[files]\ndeny = ["...", "$WORKSPACE/secret"]\n')
+    options = profile(workspace, '[files]\ndeny = ["...", "**/secret"]\n')
     done = run("/usr/bin/python3", "-c", CROWD, cwd=workspace, options=options)
     denied = [event for event in done.events if event.get("verdict") == "deny"]
     assert len(denied) == len({event["subject"]["thread"] for event in denied}) == 5

@@ -470,10 +470,9 @@ def test_a_thousand_agents_leave_nothing(quarter: int, tree: Any, agent: Path) -
     and open files here as before, and the epoch has moved on each time."""
     policy = tree.policy()
     plane = lsm_plane.ensure()
-    maps = {"slots": 8, "rings": 8, "rules": PLACE.size}
 
     def held() -> list[int]:
-        entries = [len(getattr(plane, name).keys(size)) for name, size in maps.items()]
+        entries = [len(one.items()) for one in (plane.slots, plane.rings, plane.rules)]
         return [*entries, len(os.listdir("/proc/self/fd"))]
 
     before = held()
