@@ -183,23 +183,20 @@ class PinnedMap(libbpf.Map):
         most = min(most, BATCH)
         keys, values = create_string_buffer(most * key), create_string_buffer(most * value)
         found: dict[bytes, bytes] = {}
-        after, more = c_uint32(), False
-        while True:
-            count, ended = c_uint32(most), False
+        after = c_uint32()  # where the next call goes on; only a hash has so short a one
+        start, ended = None, False
+        while not ended:
+            count = c_uint32(most)
             try:
-                bpf.lookup_batch(
-                    *(self.fd, byref(after) if more else None, byref(after)),
-                    *(keys, values, byref(count), None),
-                )
+                bpf.lookup_batch(self.fd, start, byref(after), keys, values, byref(count), None)
             except OSError as error:
                 if error.errno != errno.ENOENT:
                     raise
                 ended = True  # with the last of them
             got = _cut(keys.raw, key, count.value), _cut(values.raw, value, count.value)
             found.update(zip(*got, strict=True))
-            if ended:
-                return found
-            more = True
+            start = byref(after)
+        return found
 
 
 def _cut(raw: bytes, size: int, count: int) -> list[bytes]:
