@@ -1,0 +1,1 @@
+../../../system/test_git_traps.py
