@@ -27,6 +27,7 @@ HIDDEN = "/etc/containers /var/lib/containers /run/containers /run/libpod /run/n
 CONFIGURATION = """
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+init_path = "{init}"
 [engine]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
@@ -117,7 +118,13 @@ def running(folder: Path, runtimes: dict[str, str], engine: str = "") -> Iterato
             podman.inside("sh", "-c", f"mkdir -p {path} && mount -t tmpfs tmpfs {path}")
         podman.inside("ip", "link", "set", "lo", "up")
         listed = "\n".join(f'{name} = ["{path}"]' for name, path in runtimes.items())
-        text = CONFIGURATION.format(runtimes=f'runc = ["/usr/sbin/runc"]\n{listed}', engine=engine)
+        # What Debian's podman only recommends; tini, which dockerd brings, does as well.
+        inits = (shutil.which(name) for name in ("catatonit", "docker-init", "tini"))
+        text = CONFIGURATION.format(
+            runtimes=f'runc = ["/usr/sbin/runc"]\n{listed}',
+            engine=engine,
+            init=next(filter(None, inits), ""),
+        )
         podman.write("/etc/containers/containers.conf", text)
         podman.write("/etc/containers/storage.conf", STORAGE.format(graph=folder / "graph"))
         podman.write("/etc/containers/policy.json", POLICY)

@@ -116,8 +116,9 @@ def test_networks(engine: Podman) -> None:
     assert "network mode 'guarded'" in engine.run("true", options=host).stderr
     asked = (*host, "--annotation", "mis.profile=host")
     script = f"{TO_GATEWAY}; act connect {GATEWAY} 10"
-    # podman's bridge is gone by now: what is allowed finds no way there.
-    assert said(engine.run("sh", "-c", script, options=asked)) == [ENETUNREACH, EPERM]
+    # What is allowed finds no way there, or nobody: some network stacks keep podman's bridge.
+    allowed, denied = said(engine.run("sh", "-c", script, options=asked))
+    assert allowed in (ENETUNREACH, ECONNREFUSED) and denied == EPERM
     assert said(engine.run("sh", "-c", script, options=host, runtime="runc")) == [ENETUNREACH] * 2
 
 

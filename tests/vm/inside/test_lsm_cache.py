@@ -24,7 +24,7 @@ from acts import OPENING
 from mis_run.dataclass import replace
 from mis_run.guards import lsm, lsm_plane
 
-OK, EPERM = 0, errno.EPERM
+OK, EPERM, EROFS = 0, errno.EPERM, errno.EROFS
 CALM = lsm.Defcon(act=False)
 TIMES = 256
 
@@ -325,7 +325,7 @@ def test_levels(tree: Any, agent: Path) -> None:
         warm(guard, agent, tree.noexec / "file")
         assert lsm.in_cgroup(agent, read(tree.noexec / "file", os.O_WRONLY)) == OK
         guard.set_level(3)
-        assert lsm.in_cgroup(agent, read(tree.noexec / "file", os.O_WRONLY)) == EPERM
+        assert lsm.in_cgroup(agent, read(tree.noexec / "file", os.O_WRONLY)) == EROFS
         assert lsm.in_cgroup(agent, read(tree.open / "file", os.O_WRONLY)) == OK
         guard.set_level(2)
         assert lsm.in_cgroup(agent, read(tree.noexec / "file")) == EPERM
