@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(podmans.why_not() is not None, reason=str(podmans.why_not())),
 ]
 EPERM, ENETUNREACH, ECONNREFUSED = 1, 101, 111
+NO_ANSWER = {ENETUNREACH, ECONNREFUSED}
 TO_GATEWAY = f"act connect {GATEWAY} 9"
 PTRACE = f"act syscall {abi.number('ptrace')}"
 
@@ -118,8 +119,9 @@ def test_networks(engine: Podman) -> None:
     script = f"{TO_GATEWAY}; act connect {GATEWAY} 10"
     # What is allowed finds no way there, or nobody: some network stacks keep podman's bridge.
     allowed, denied = said(engine.run("sh", "-c", script, options=asked))
-    assert allowed in (ENETUNREACH, ECONNREFUSED) and denied == EPERM
-    assert said(engine.run("sh", "-c", script, options=host, runtime="runc")) == [ENETUNREACH] * 2
+    assert allowed in NO_ANSWER and denied == EPERM
+    free = said(engine.run("sh", "-c", script, options=host, runtime="runc"))
+    assert len(free) == 2 and {*free} <= NO_ANSWER
 
 
 @pytest.mark.parametrize(
