@@ -9,7 +9,6 @@ programs, which take no part in it.  CPU time of ours and of the kernel for us, 
 
 from __future__ import annotations
 
-import os
 import resource
 import statistics
 import subprocess
@@ -23,9 +22,9 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.lsm import policy
 from mis_run.build import built
-from mis_run.guards import lsm, lsm_plane, lsm_policy
-from mis_run.guards.lsm_abi import Right
+from mis_run.guards import lsm, lsm_plane
 from mis_run.linux import bpf_pins, libbpf
 
 OTHERS = (0, 100, 1000)
@@ -47,19 +46,6 @@ def load(folder: Path) -> None:
         base.close(handle)
 
 
-def policy() -> lsm.LsmPolicy:
-    """Rules as a profile gives."""
-    root = os.open("/", os.O_PATH)
-    lines = [
-        lsm_policy.Line(path, Right.READ | Right.EXEC, Right(0), path)
-        for path in ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/dev", "/tmp")
-    ]
-    of = os.getpid()
-    rules = lsm_policy.compile(lines, root, lsm_policy.devices(of), lsm_policy.points(of))
-    os.close(root)
-    return lsm.LsmPolicy(rules=rules, deadline=6000.0)
-
-
 @contextmanager
 def bpffs() -> Iterator[Path]:
     """One of our own, gone afterwards, and all that is pinned in it."""
@@ -73,7 +59,7 @@ def bpffs() -> Iterator[Path]:
 
 def life(group: Path, folder: Path) -> tuple[float, float, float]:
     """Of one agent: CPU milliseconds to come and to go, and how long it took to go."""
-    rules = policy()
+    rules = policy(group / "file")
     began = time.process_time_ns()
     guard = lsm.LsmGuard(group, rules, lsm_plane.Plane(folder))
     guard.register()
@@ -94,17 +80,17 @@ def main() -> int:
         mock.patch.object(lsm_plane, "TOP", top),
         tempfile.TemporaryDirectory() as groups,
     ):
-        load(top / "version")
-        group, there = Path(groups), 0
+        plane, group, there = top / "version", Path(groups), 0
+        load(plane)
         for others in OTHERS:
             for number in range(there, others):
                 other = Path(groups, str(number))
                 other.mkdir()
-                guard = lsm.LsmGuard(other, policy(), lsm_plane.Plane(top / "version"))
+                guard = lsm.LsmGuard(other, policy(other / "file"), lsm_plane.Plane(plane))
                 guard.register()
                 guard.release()  # known as before; it goes with the maps
             there = others
-            lives = [life(group, top / "version") for _ in range(rounds)]
+            lives = [life(group, plane) for _ in range(rounds)]
             cells = [
                 f"{statistics.median(found):8.2f} (at most {max(found):5.2f})"
                 for found in zip(*lives, strict=True)

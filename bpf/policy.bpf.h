@@ -178,7 +178,7 @@ __noinline int permitted(struct act *act)
 	if (!RAISED(act, act->level, act->right, walk.explicit, walk.workspace))
 		return 1;
 	act->rule = MIS_RULE_RAISED;
-	/* As where it is mounted read-only, which user space will have it soon: no violation. */
+	/* As of a mount that is read-only, which user space makes it now: no violation. */
 	act->quiet = CLOSED(act, act->level, act->right, walk.workspace);
 	return 0;
 }

@@ -210,7 +210,7 @@ __noinline int tell(struct act *act, __u32 verdict)
 	event->agent = act->id;
 	event->inode = dentry ? BPF_CORE_READ(dentry, d_inode, i_ino) : 0;
 	event->device = dentry ? BPF_CORE_READ(dentry, d_sb, s_dev) : 0;
-	event->pid = bpf_get_current_pid_tgid() >> 32;
+	event->pid = bpf_get_current_pid_tgid() >> 32; /* asked twice: there is no stack left to keep it */
 	event->thread = bpf_get_current_pid_tgid();
 	event->rule = act->rule;
 	event->right = act->right;

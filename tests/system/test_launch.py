@@ -337,6 +337,8 @@ def test_cpu_burner_is_throttled(workspace: Path) -> None:
         for done in (slow, free)
     ]
     assert used[1] - used[0] > 1.0, used  # both began and ended alike
+    if PACE == 1:  # where that is quick
+        assert used[0] < 1.0 < used[1], used
 
 
 def test_dry_run_changes_nothing(workspace: Path) -> None:
